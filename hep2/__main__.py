@@ -1,0 +1,132 @@
+"""The command line: `python -m hep2 classify | evaluate | phantoms`."""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from hep2.patterns import CLASS_NAMES
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, or 1 if anything failed, having done all the rest."""
+    parser = argparse.ArgumentParser(prog="python -m hep2", description="Read HEp-2 cells. Not for clinical use.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    classify = commands.add_parser("classify", help="give a verdict for each image")
+    classify.add_argument("images", nargs="+", metavar="IMAGE", help="PNG, JPEG, TIFF, BMP or WebP of one cell")
+    form = classify.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object a line, one line an image")
+    form.add_argument("--csv", action="store_true", help="a table with a line for each image")
+    _add_weights(classify)
+    classify.set_defaults(run=_classify)
+
+    evaluate = commands.add_parser("evaluate", help="measure weights on test cells that they have not seen")
+    evaluate.add_argument(
+        "--dataset", default="Genius-Society/HEp2", help="Hub name, local folder, or phantoms[:COUNT]"
+    )
+    evaluate.add_argument(
+        "--protocol", help="paper, clean or specimen (default: the one the weights were trained with)"
+    )
+    evaluate.add_argument("--seed", type=int, help="of the split (default: the weights' own)")
+    evaluate.add_argument("--fold", type=int, help="0 to 3, of the protocol 'specimen' (default: the weights' own)")
+    evaluate.add_argument("--output", type=Path, required=True, metavar="DIR", help="for metrics.json and the rest")
+    _add_weights(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    phantoms = commands.add_parser("phantoms", help="make synthetic cells")
+    phantoms.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets a folder for each pattern")
+    phantoms.add_argument("--count", type=int, default=5, help="cells of each pattern (default: 5)")
+    phantoms.add_argument("--seed", type=int, default=0)
+    phantoms.set_defaults(run=_phantoms)
+
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"hep2: {error}", file=sys.stderr)
+        return 1
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="a folder of weights (default: the bundled ones)")
+
+
+def _load_weights(folder: Path | None):
+    # PyTorch takes seconds to import: help and wrong arguments need not wait for it.
+    from hep2.weights import BUNDLED, load_weights
+
+    return load_weights(BUNDLED if folder is None else folder)
+
+
+def _classify(arguments: argparse.Namespace) -> int:
+    from hep2.evaluation import MODEL_TITLES
+    from hep2.reader import Failure, Reader
+
+    reader = Reader(_load_weights(arguments.weights))
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    if arguments.csv:
+        columns = [f"{model}_{name}" for model in reader.weights.models for name in CLASS_NAMES]
+        table.writerow(["file", "verdict", "probability", "agreement", *columns, "warnings", "error"])
+    failed = False
+    for reading in reader.read_files(arguments.images):
+        answer = reading.as_dict()
+        if isinstance(reading, Failure):
+            failed = True
+            print(f"hep2: {reading.file}: {reading.error}", file=sys.stderr)
+        if arguments.json:
+            print(json.dumps(answer, ensure_ascii=False), flush=True)
+        elif arguments.csv:
+            models = answer.get("models", {name: {} for name in reader.weights.models})
+            values = [models[name].get(label, "") for name in reader.weights.models for label in CLASS_NAMES]
+            first = [answer.get(column, "") for column in ("file", "verdict", "probability", "agreement")]
+            table.writerow([*first, *values, "; ".join(answer.get("warnings", [])), answer.get("error", "")])
+        elif not isinstance(reading, Failure):
+            print(f"{reading.file}: {reading.verdict} {reading.probability:.1%}, {reading.agreement} of 4 models agree")
+            for name, values in reading.probabilities.items():
+                bars = "  ".join(f"{label} {p:.1%}" for label, p in zip(CLASS_NAMES, values, strict=True))
+                print(f"  {MODEL_TITLES[name]:15} {bars}")
+            for warning in reading.cell.warnings:
+                print(f"  note: {warning}")
+    return int(failed)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from hep2.data import load_cells
+    from hep2.evaluation import class_report, comparison_table
+    from hep2.pipeline import evaluate_weights
+
+    weights = _load_weights(arguments.weights)
+    result = evaluate_weights(
+        weights,
+        load_cells(arguments.dataset),
+        arguments.output,
+        protocol=arguments.protocol,
+        seed=arguments.seed,
+        fold=arguments.fold,
+    )
+    print(f"protocol {result['protocol']}, seed {result['seed']}, {result['test_size']:,} test cells\n")
+    print(comparison_table(result["models"]))
+    print(f"\nStack ensemble, class by class\n{class_report(result['models']['ensemble'])}")
+    print(f"\nmetrics.json, predictions.csv and figures are in {arguments.output}")
+    return 0
+
+
+def _phantoms(arguments: argparse.Namespace) -> int:
+    from hep2.phantoms import phantom_files
+
+    if arguments.count < 1:
+        raise ValueError(f"--count is {arguments.count}: give 1 or more")
+    for number, (_, image, pattern) in enumerate(phantom_files(arguments.count, arguments.seed)):
+        path = arguments.output / pattern / f"{number % arguments.count + 1}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    print(f"{arguments.count} synthetic cells of each of the {len(CLASS_NAMES)} patterns are in {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

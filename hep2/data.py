@@ -1,0 +1,227 @@
+"""The dataset as tensors, its duplicates, and the three protocols that divide it."""
+
+import csv
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from hep2.imaging import ImageSource, prepare, read_intensity
+from hep2.patterns import CLASS_NAMES
+from hep2.phantoms import phantom_files
+
+DEFAULT_DATASET = "Genius-Society/HEp2"
+PROTOCOLS = ("paper", "clean", "specimen")
+FOLDS = 4
+PHANTOMS_A_CLASS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """Cell images with their labels, in the order of their names.
+
+    `images` is float32 of shape (cells, 1, 78, 78) in [0, 1], preprocessed; `labels` int64 of shape (cells,);
+    `names` the images' own file names; `digests` a hash of each image's pixels as published: equal digests are
+    duplicates. `fingerprint` identifies names, labels and pixels together.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+    digests: tuple[str, ...]
+    source: str
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        text = "\n".join(map(",".join, zip(self.names, map(str, self.labels.tolist()), self.digests, strict=True)))
+        object.__setattr__(self, "fingerprint", hashlib.sha256(text.encode()).hexdigest()[:16])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class Split(NamedTuple):
+    """Positions of the cells of each part, int64 arrays in ascending order."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def load_cells(dataset: str | Path = DEFAULT_DATASET) -> Cells:
+    """Load all splits of a Hub dataset or of a local folder in the same layout, or make ``phantoms[:COUNT]``.
+
+    The published split is not used: its parts share 104 pairs of duplicates.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the dataset is neither on the Hub nor a local folder.
+    ValueError
+        If its columns or class names are not those of the HEp-2 dataset, or an image cannot be read.
+    """
+    name, _, count = str(dataset).partition(":")
+    if name == "phantoms":
+        if count and not count.isdecimal():
+            raise ValueError(f"{dataset!r}: give 'phantoms' or 'phantoms:COUNT', a count of cells for each pattern")
+        return cells_from_files(phantom_files(int(count or PHANTOMS_A_CLASS)), source=str(dataset))
+    import datasets  # slow to import, and idle when phantoms are enough
+
+    try:
+        parts = datasets.load_dataset(str(dataset))
+    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise FileNotFoundError(
+            f"dataset {str(dataset)!r} was not found ({error}); give a Hub dataset's OWNER/NAME, a local folder in the "
+            "same layout, or 'phantoms'"
+        ) from error
+    rows = datasets.concatenate_datasets(list(parts.values()))
+    if not {"image", "label"} <= set(rows.column_names):
+        raise ValueError(f"dataset {str(dataset)!r} has the columns {rows.column_names}; expected 'image' and 'label'")
+    published = rows.features["label"].names
+    if sorted(published) != sorted(CLASS_NAMES):
+        raise ValueError(f"dataset {str(dataset)!r} has the classes {published}; expected {list(CLASS_NAMES)}")
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    # Parquet files hold the bytes; a folder of images holds paths.
+    images = ((row["image"], published[row["label"]]) for row in rows)
+    return cells_from_files(
+        ((Path(image["path"]).name, image["bytes"] or image["path"], label) for image, label in images),
+        source=str(dataset),
+    )
+
+
+def cells_from_files(files: Iterable[tuple[str, ImageSource, str]], source: str) -> Cells:
+    """Build `Cells` from (name, image, class name) triples in any order.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or an image cannot be read; the message names it.
+    """
+    names, images, labels, digests = [], [], [], []
+    for name, data, class_name in sorted(files, key=lambda file: file[0]):
+        try:
+            intensity, _ = read_intensity(data)
+            images.append(prepare(intensity))
+        except ValueError as error:
+            raise ValueError(f"{source}: {name}: {error}") from error
+        names.append(name)
+        labels.append(CLASS_NAMES.index(class_name))
+        digests.append(hashlib.sha256(repr(intensity.shape).encode() + intensity.tobytes()).hexdigest()[:16])
+    if not names:
+        raise ValueError(f"{source}: there are no cells in it")
+    return Cells(
+        images=torch.from_numpy(np.stack(images)),
+        labels=torch.tensor(labels),
+        names=tuple(names),
+        digests=tuple(digests),
+        source=source,
+    )
+
+
+def split(cells: Cells, protocol: str, seed: int = 0, fold: int = 0) -> Split:
+    """Divide the cells into train, validation and test: a pure function of the dataset and the seed.
+
+    - ``paper``: all cells in one random 70:15:15 split, as in the source (9,517 / 2,040 / 2,039); duplicates fall
+      on both sides, as they did there.
+    - ``clean``: the first of each set of duplicates only, 70:15:15, stratified by class.
+    - ``specimen``: no specimen block is divided. Test is one fold of the block table, validation one other block
+      of each class, train the rest. Only this protocol tells how the models do on a new patient.
+
+    Raises
+    ------
+    ValueError
+        If the protocol or fold is unknown, the dataset is too small to divide, or, for ``specimen``, if the names
+        are not the ID numbers of the published dataset.
+    """
+    if protocol == "specimen":
+        return _specimen_split(cells, seed, fold)
+    if protocol == "paper":
+        kept = np.arange(len(cells))
+        stratify = None
+    elif protocol == "clean":
+        kept = unique_cells(cells)
+        stratify = cells.labels.numpy()[kept]
+    else:
+        raise ValueError(f"unknown protocol {protocol!r}: choose one of {PROTOCOLS}")
+    test_size, train_size = round(0.15 * len(kept)), round(0.7 * len(kept))
+    try:
+        rest, test = train_test_split(kept, test_size=test_size, random_state=seed, stratify=stratify)
+        stratify = None if stratify is None else cells.labels.numpy()[rest]
+        train, validation = train_test_split(rest, train_size=train_size, random_state=seed, stratify=stratify)
+    except ValueError as error:
+        raise ValueError(f"{len(kept)} cells are too few for the protocol {protocol!r}: {error}") from error
+    return Split(np.sort(train), np.sort(validation), np.sort(test))
+
+
+def unique_cells(cells: Cells) -> np.ndarray:
+    """Return the positions of the cells whose pixels no earlier cell has."""
+    return np.sort(np.unique(np.array(cells.digests), return_index=True)[1])
+
+
+class Block(NamedTuple):
+    """A run of IDs taken from one specimen (or, where boundaries are weak, from a few), and its fold."""
+
+    name: str
+    class_name: str
+    first: int
+    last: int
+    fold: int
+
+
+@cache
+def specimen_blocks() -> tuple[Block, ...]:
+    """Read the block table. The contest did not publish which specimen a cell is from; IDs run specimen by specimen
+    inside a class, so the blocks were recovered by change-point detection on appearance features."""
+    with open(Path(__file__).with_name("specimen_blocks.csv"), newline="") as file:
+        return tuple(
+            Block(row["block"], row["class"], int(row["first_id"]), int(row["last_id"]), int(row["fold"]))
+            for row in csv.DictReader(file)
+        )
+
+
+def blocks_of(cells: Cells) -> np.ndarray:
+    """Return the position in `specimen_blocks()` of each cell's block.
+
+    Raises
+    ------
+    ValueError
+        If a name is not an ID of the published dataset, or a cell's class is not its block's.
+    """
+    blocks = specimen_blocks()
+    if not all(Path(name).stem.isdecimal() for name in cells.names):
+        raise ValueError(
+            f"the protocol 'specimen' needs the IDs of the published dataset as file names (00001.png …), but "
+            f"{cells.source!r} has names like {cells.names[0]!r}; use 'clean' or 'paper'"
+        )
+    ids = np.array([int(Path(name).stem) for name in cells.names])
+    position = np.searchsorted([block.last for block in blocks], ids)
+    classes = np.array([CLASS_NAMES.index(block.class_name) for block in blocks] + [-1])
+    wrong = classes[position] != cells.labels.numpy()
+    if wrong.any():
+        raise ValueError(
+            f"{int(wrong.sum())} cells, {cells.names[wrong.argmax()]} first, have another class than the block table "
+            "gives their ID: this is not the published dataset; use 'clean' or 'paper'"
+        )
+    return position
+
+
+def _specimen_split(cells: Cells, seed: int, fold: int) -> Split:
+    if fold not in range(FOLDS):
+        raise ValueError(f"fold {fold} does not exist: choose 0 to {FOLDS - 1}")
+    blocks, block_of, kept = specimen_blocks(), blocks_of(cells), unique_cells(cells)
+    random = np.random.default_rng(seed)
+    validation_blocks = []
+    for class_name in CLASS_NAMES:
+        others = [i for i, block in enumerate(blocks) if block.class_name == class_name and block.fold != fold]
+        validation_blocks.append(random.choice(others))
+    block_of = block_of[kept]
+    test = np.array([block.fold == fold for block in blocks])[block_of]
+    validation = np.isin(block_of, validation_blocks)
+    return Split(kept[~test & ~validation], kept[validation], kept[test])

@@ -1,0 +1,226 @@
+"""Any image file or array to one cell of shape (1, 78, 78), and what is wrong with an image.
+
+Training, evaluation, page, API and command line all come through `load_cell`: one decoder, one preprocessing.
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import tifffile
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from hep2.patterns import IMAGE_SIZE
+
+ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
+
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
+MAX_PIXELS = 50_000_000
+CHANNEL_NAMES = ("red", "green", "blue")
+
+# Travels with the weights: weights made under other settings refuse to load.
+PREPROCESSING = {
+    "image_size": IMAGE_SIZE,
+    "channel": "the one with the largest spread",
+    "resize": "bicubic with antialiasing, aspect kept, black margins",
+    "quantiles": [0.01, 0.99],
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the models are given.
+
+    `pixels` is a float32 array of shape (1, 78, 78) in [0, 1]; `warnings` says in words what was odd about the image.
+    """
+
+    pixels: np.ndarray
+    warnings: tuple[str, ...]
+
+
+def load_cell(source: ImageSource) -> Cell:
+    """Read an image and prepare it for the models.
+
+    Parameters
+    ----------
+    source
+        A path, the bytes of a file, an open binary file, a Pillow image, or an array of shape (rows, columns) or
+        (rows, columns, channels), of integers, booleans or floats of any range.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a path names no file.
+    ValueError
+        If it is no readable image, is truncated, empty, constant, holds NaN or infinity, or has more than 50
+        million pixels. The message says which, and what to do.
+    """
+    intensity, notes = read_intensity(source)
+    return Cell(prepare(intensity), tuple(notes + _doubts(intensity)))
+
+
+def read_intensity(source: ImageSource) -> tuple[np.ndarray, list[str]]:
+    """Decode an image into one channel of shape (rows, columns), float32 in its own units, and notes in words.
+
+    Raises what `load_cell` raises, except for a constant image.
+    """
+    notes: list[str] = []
+    if isinstance(source, np.ndarray):
+        array = source
+    elif isinstance(source, Image.Image):
+        array = _array(source, notes)
+    else:
+        array = _decode(source, notes)
+    return _one_channel(array, notes), notes
+
+
+def prepare(intensity: np.ndarray) -> np.ndarray:
+    """Fit an image (rows, columns) into (1, 78, 78) and stretch it: its 1st percentile becomes 0, its 99th 1.
+
+    The aspect ratio is kept; a margin is filled with 0. The stretch is the source's (its report, "Preprocessing");
+    clipping what lies outside is ours, since the report does not say. Returns float32 in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If the two percentiles are equal: the image is constant, or nearly so.
+    """
+    rows, columns = intensity.shape
+    if (rows, columns) != (IMAGE_SIZE, IMAGE_SIZE):
+        scale = IMAGE_SIZE / max(rows, columns)
+        rows, columns = max(1, round(rows * scale)), max(1, round(columns * scale))
+        resized = Image.fromarray(intensity).resize((columns, rows), Image.Resampling.BICUBIC)
+        intensity = np.asarray(resized, dtype=np.float32)
+    low, high = np.quantile(intensity, PREPROCESSING["quantiles"])
+    # Resizing a constant image leaves rounding errors, which a stretch would blow up into a pattern.
+    if high - low <= 1e-6 * max(abs(low), abs(high)):
+        raise ValueError(
+            f"the image is constant: its 1st and 99th percentiles are both {low:g}; give an image that shows a cell"
+        )
+    stretched = ((intensity - low) / (high - low)).clip(0, 1)
+    cell = np.zeros((1, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
+    top, left = (IMAGE_SIZE - rows) // 2, (IMAGE_SIZE - columns) // 2
+    cell[0, top : top + rows, left : left + columns] = stretched
+    return cell
+
+
+def _decode(source: str | Path | bytes | BinaryIO, notes: list[str]) -> np.ndarray:
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file; give the path of an image")
+        data = path.read_bytes()
+    else:
+        data = source if isinstance(source, bytes) else source.read()
+    if not data:
+        raise ValueError("the file is empty (0 bytes); give an image file")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.format == "TIFF" and _is_deep_colour(image):
+            return _decode_tiff(data, notes)
+        return _array(image, notes)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"the image has more than {MAX_PIXELS:,} pixels: crop one cell out of it") from error
+    except UnidentifiedImageError as error:
+        if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return _decode_tiff(data, notes)
+        raise ValueError(
+            f"not an image of a known kind (it begins with {data[:8]!r}); give PNG, JPEG, TIFF, BMP or WebP"
+        ) from error
+    except (OSError, SyntaxError, EOFError, MemoryError) as error:  # what Pillow's decoders raise
+        raise ValueError(
+            f"the image is truncated or damaged ({error}); save it again and give the whole file"
+        ) from error
+
+
+def _is_deep_colour(image: Image.Image) -> bool:
+    # Pillow reads colour TIFFs of more than 8 bits at 8, and a faint 16-bit signal would vanish.
+    bits = image.tag_v2.get(258, (1,))
+    return len(bits) > 1 and max(bits) > 8
+
+
+def _decode_tiff(data: bytes, notes: list[str]) -> np.ndarray:
+    try:
+        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+            page = tiff.pages[0]
+            _check_size(page.imagelength, page.imagewidth)
+            if len(tiff.pages) > 1:
+                notes.append(f"the file has {len(tiff.pages)} frames: only the first was read")
+            array = page.asarray()
+    except (tifffile.TiffFileError, OSError, KeyError, IndexError, RuntimeError) as error:
+        raise ValueError(f"the TIFF cannot be read ({error}); save it again without compression") from error
+    # Planar files keep the channels first.
+    return np.moveaxis(array, 0, -1) if array.ndim == 3 and page.axes.startswith("S") else array
+
+
+def _array(image: Image.Image, notes: list[str]) -> np.ndarray:
+    _check_size(image.height, image.width)
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        notes.append(f"the file has {frames} frames: only the first was read")
+        image.seek(0)
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "P":
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    elif image.mode in ("CMYK", "YCbCr", "HSV", "LAB", "RGBX"):
+        image = image.convert("RGB")
+    elif image.mode in ("1", "PA", "La", "RGBa"):
+        image = image.convert({"1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}[image.mode])
+    return np.asarray(image)
+
+
+def _check_size(rows: int, columns: int) -> None:
+    if rows * columns > MAX_PIXELS:
+        raise ValueError(
+            f"the image has {rows:,} x {columns:,} pixels, more than {MAX_PIXELS:,}: crop one cell out of it"
+        )
+
+
+def _one_channel(array: np.ndarray, notes: list[str]) -> np.ndarray:
+    """Reduce (rows, columns[, channels]) to the channel that holds the fluorescence, as float32."""
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"pixels of type {array.dtype} cannot be read; give integers or floats")
+    if array.ndim not in (2, 3) or array.size == 0:
+        raise ValueError(
+            f"an array of shape {array.shape} is no image; give (rows, columns) or (rows, columns, channels)"
+        )
+    _check_size(*array.shape[:2])
+    full = np.iinfo(array.dtype).max if array.dtype.kind in "iu" else 1.0
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError("the image holds NaN or infinite values; replace them and give it again")
+    if array.ndim == 2:
+        return array
+    channels = array.shape[2]
+    if channels not in (1, 2, 3, 4):
+        raise ValueError(f"the image has {channels} channels; give grey, grey with alpha, RGB or RGBA")
+    if channels in (2, 4):
+        alpha = array[..., -1:] / full
+        if (alpha < 1).any():
+            notes.append("the image is partly transparent: it was laid on black")
+        array = array[..., :-1] * alpha
+    # A fluorophore lights one channel. Luminance weights would scale it down unevenly, so the channel with the
+    # largest spread is read as it is.
+    low, high = np.quantile(array, PREPROCESSING["quantiles"], axis=(0, 1))
+    spread = high - low
+    best = int(spread.argmax())
+    for other in range(array.shape[2]):
+        bright = other != best and spread[other] > 0.25 * spread[best]
+        if bright and np.corrcoef(array[..., best].ravel(), array[..., other].ravel())[0, 1] < 0.9:
+            notes.append(f"the image has several colours: only {CHANNEL_NAMES[best]} was read")
+            break
+    return np.ascontiguousarray(array[..., best])
+
+
+def _doubts(intensity: np.ndarray) -> list[str]:
+    rows, columns = intensity.shape
+    doubts = []
+    if min(rows, columns) < IMAGE_SIZE // 2:
+        doubts.append(
+            f"the image is small ({rows} x {columns} pixels): fine texture is missing, so the verdict is unsure"
+        )
+    if max(rows, columns) > 2 * min(rows, columns):
+        doubts.append(f"the image is far from square ({rows} x {columns} pixels): is it one cell?")
+    return doubts

@@ -1,0 +1,186 @@
+"""Synthetic HEp-2 cells, made from nothing but a seed: for the examples, the tests and runs without the dataset.
+
+A phantom is drawn as a microscope would see it: a nucleus of an uneven oval shape, the antigen's place in it or round
+it, neighbours at the border, the blur of the optics, the haze of what is out of focus, the noise of photons and of the
+camera, and the stretch to 8 bits that the published cells have too.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.ndimage import gaussian_filter
+
+from hep2.patterns import CLASS_NAMES, IMAGE_SIZE
+
+Random = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Nucleus:
+    """Where a nucleus lies: for each pixel its depth below the rim, in pixels (negative outside), and its angle.
+
+    `depth`, `angle` and `inside` are float arrays of the canvas's shape; `inside` runs softly from 0 to 1.
+    """
+
+    depth: np.ndarray
+    angle: np.ndarray
+    inside: np.ndarray
+    centre: tuple[float, float]
+    radius: float
+
+
+def phantom_cell(pattern: str, random: Random) -> np.ndarray:
+    """Draw one cell of a pattern; returns uint8 of shape (78, 78), stretched to 0–255.
+
+    Raises
+    ------
+    ValueError
+        If the pattern is not one of the six.
+    """
+    if pattern not in STAINS:
+        raise ValueError(f"unknown pattern {pattern!r}: choose one of {CLASS_NAMES}")
+    shape = (IMAGE_SIZE, IMAGE_SIZE)
+    middle = IMAGE_SIZE / 2
+    radius = random.uniform(25, 30)
+    centre = (middle + random.normal(0, 1.5), middle + random.normal(0, 1.5))
+    light = STAINS[pattern](draw_nucleus(shape, centre, radius, random), random)
+    for _ in range(random.choice(3, p=[0.45, 0.4, 0.15])):
+        direction, distance = random.uniform(0, 2 * np.pi), radius * random.uniform(2.15, 2.5)
+        place = (centre[0] + distance * np.sin(direction), centre[1] + distance * np.cos(direction))
+        neighbour = draw_nucleus(shape, place, radius * random.uniform(0.85, 1.05), random)
+        light = np.maximum(light, random.uniform(0.6, 1.1) * STAINS[pattern](neighbour, random))
+    return photograph(light, random)
+
+
+def photograph(light: np.ndarray, random: Random) -> np.ndarray:
+    """Take a picture of light (rows, columns), 0 to about 1: blur, haze, background, noise, then 8 bits."""
+    haze = gaussian_filter(light, random.uniform(5, 9))
+    image = gaussian_filter(light, random.uniform(0.7, 1.1)) + random.uniform(0.05, 0.2) * haze
+    image += random.uniform(0.01, 0.05) * image.max()
+    photons = random.uniform(150, 900)  # at the brightest spot
+    image = random.poisson(image / image.max() * photons) / photons + random.normal(0, 0.01, light.shape)
+    image = (image - image.min()) / (image.max() - image.min())
+    return (255 * image).round().astype(np.uint8)
+
+
+def draw_nucleus(shape: tuple[int, int], centre: tuple[float, float], radius: float, random: Random) -> Nucleus:
+    """Lay an uneven oval of a mean `radius` in pixels at `centre` (row, column) on a canvas of `shape`."""
+    row, column = np.indices(shape, dtype=float)
+    row, column = row - centre[0], column - centre[1]
+    angle = np.arctan2(row, column)
+    flattening, tilt = random.uniform(0, 0.14), random.uniform(0, np.pi)
+    rim = radius * (1 + flattening * np.cos(2 * (angle - tilt)))
+    for order in (3, 4, 5):
+        rim += radius * random.normal(0, 0.012) * np.cos(order * angle + random.uniform(0, 2 * np.pi))
+    depth = rim - np.hypot(row, column)
+    return Nucleus(depth, angle, 1 / (1 + np.exp(-1.6 * depth)), centre, radius)
+
+
+def grain(shape: tuple[int, int], scale: float, random: Random) -> np.ndarray:
+    """Make a random texture of grains of about `scale` pixels, with mean 0 and standard deviation 1."""
+    texture = gaussian_filter(random.normal(size=shape), scale)
+    return (texture - texture.mean()) / texture.std()
+
+
+def spots(shape: tuple[int, int], places: np.ndarray, sizes: np.ndarray, brightness: np.ndarray) -> np.ndarray:
+    """Add up round Gaussian spots at `places` (spots, 2), of standard deviation `sizes` in pixels."""
+    row, column = np.arange(shape[0])[:, None], np.arange(shape[1])
+    light = np.zeros(shape)
+    for (top, left), size, peak in zip(places, sizes, brightness, strict=True):
+        light += peak * np.exp(-((row - top) ** 2) / (2 * size**2)) * np.exp(-((column - left) ** 2) / (2 * size**2))
+    return light
+
+
+def _centromere(nucleus: Nucleus, random: Random) -> np.ndarray:
+    # Some fifty kinetochores, one a chromosome: small sharp dots that keep apart.
+    count = random.integers(35, 60)
+    places = _scatter(nucleus, count, 0.9, random, apart=4.0)
+    dots = spots(
+        nucleus.depth.shape, places, random.uniform(0.8, 1.25, len(places)), random.lognormal(-0.2, 0.35, len(places))
+    )
+    return dots + random.uniform(0.04, 0.14) * nucleus.inside
+
+
+def _golgi(nucleus: Nucleus, random: Random) -> np.ndarray:
+    # Ribbons and granules beside the nucleus, on one side of it, in a faint cytoplasm; the nucleus stays dark.
+    light = random.uniform(0.02, 0.1) * np.exp(np.minimum(nucleus.depth, 0) / 12) * (1 - 0.5 * nucleus.inside)
+    for _ in range(random.integers(1, 3)):
+        middle, arc = random.uniform(0, 2 * np.pi), random.uniform(0.5, 1.3)
+        count = random.integers(10, 26)
+        angle = middle + arc * random.uniform(-1, 1, count)
+        distance = nucleus.radius * 1.02 + random.gamma(2.0, 1.8, count)
+        places = np.stack(
+            [nucleus.centre[0] + distance * np.sin(angle), nucleus.centre[1] + distance * np.cos(angle)], 1
+        )
+        sizes, peaks = random.uniform(1.1, 2.6, count), random.lognormal(-0.6, 0.4, count)
+        light += spots(light.shape, places, sizes, peaks)
+    return light
+
+
+def _homogeneous(nucleus: Nucleus, random: Random) -> np.ndarray:
+    texture = 1 + random.uniform(0.02, 0.08) * grain(nucleus.depth.shape, random.uniform(1.5, 3.0), random)
+    dome = 0.8 + 0.2 * np.clip(nucleus.depth / nucleus.radius, 0, 1) ** 0.5
+    return nucleus.inside * texture * dome
+
+
+def _numem(nucleus: Nucleus, random: Random) -> np.ndarray:
+    shape = nucleus.depth.shape
+    uneven = 1 + 0.15 * grain(shape, 3.0, random)
+    rim = np.exp(-((nucleus.depth - 1.5) ** 2) / (2 * random.uniform(1.0, 1.5) ** 2)) * uneven
+    inner = random.uniform(0.25, 0.45) * (1 + 0.1 * grain(shape, 1.5, random))
+    return rim + nucleus.inside * inner
+
+
+def _nucleolar(nucleus: Nucleus, random: Random) -> np.ndarray:
+    # One to five nucleoli, each a clump of a few blobs, in a dim nucleus.
+    shape = nucleus.depth.shape
+    haze = gaussian_filter(nucleus.inside, random.uniform(1.5, 4.0))
+    light = random.uniform(0.06, 0.25) * haze * (1 + 0.15 * grain(shape, 2.0, random))
+    for place in _scatter(nucleus, random.integers(1, 6), 0.6, random, apart=9.0):
+        count = random.integers(1, 4)
+        places = place + random.normal(0, 2.0, (count, 2))
+        light += spots(shape, places, random.uniform(1.6, 3.2, count), random.uniform(0.4, 1.0, count))
+    return light
+
+
+def _speckled(nucleus: Nucleus, random: Random) -> np.ndarray:
+    # Grains of uneven brightness throughout the nucleus, few of them very bright, and the nucleoli left out.
+    shape = nucleus.depth.shape
+    fine = np.exp(random.uniform(0.45, 0.65) * grain(shape, random.uniform(1.0, 1.5), random))
+    coarse = np.exp(0.2 * grain(shape, 4.0, random))
+    nucleoli = _scatter(nucleus, random.integers(2, 5), 0.65, random, apart=12.0)
+    holes = spots(shape, nucleoli, random.uniform(2.5, 4.0, len(nucleoli)), random.uniform(0.7, 0.95, len(nucleoli)))
+    return gaussian_filter(nucleus.inside, 1.2) * fine * coarse * (1 - np.clip(holes, 0, 0.9)) / 2
+
+
+STAINS = {
+    "Centromere": _centromere,
+    "Golgi": _golgi,
+    "Homogeneous": _homogeneous,
+    "NuMem": _numem,
+    "Nucleolar": _nucleolar,
+    "Speckled": _speckled,
+}
+
+
+def _scatter(nucleus: Nucleus, count: int, share: float, random: Random, *, apart: float) -> np.ndarray:
+    """Draw up to `count` places (places, 2) within `share` of the nucleus's radius and at least `apart` pixels apart."""
+    places: list[np.ndarray] = []
+    for _ in range(20 * count):
+        angle, distance = random.uniform(0, 2 * np.pi), nucleus.radius * share * random.uniform(0, 1) ** 0.5
+        place = np.array(nucleus.centre) + distance * np.array([np.sin(angle), np.cos(angle)])
+        if all(np.hypot(*(place - other)) >= apart for other in places):
+            places.append(place)
+        if len(places) == count:
+            break
+    return np.array(places)
+
+
+def phantom_files(count: int, seed: int = 0) -> Iterator[tuple[str, np.ndarray, str]]:
+    """Yield (file name, image, class name) for `count` phantoms of every pattern, in an order fixed by the seed."""
+    for position, pattern in enumerate(CLASS_NAMES):
+        for number in range(count):
+            # A generator for each cell: asking for more cells leaves the first ones as they were.
+            random = np.random.default_rng((seed, position, number))
+            yield f"{pattern}-{number + 1:05d}.png", phantom_cell(pattern, random), pattern

@@ -1,0 +1,241 @@
+"""From cells to trained weights in a folder, and from weights to measured figures: what the command lines run."""
+
+import csv
+import io
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from sklearn.model_selection import train_test_split
+
+from hep2.data import Cells, Split, split
+from hep2.evaluation import (
+    MODEL_TITLES,
+    draw_confusion,
+    draw_curves,
+    draw_reliability,
+    fit_temperature,
+    metrics,
+    save_figure,
+)
+from hep2.models import MODELS, StackEnsemble, build_model
+from hep2.patterns import CLASS_NAMES
+from hep2.reader import predict
+from hep2.recipes import ARCHITECTURES, RECIPES
+from hep2.training import Examples, Recipe, fit, predict_logits, write_atomically
+from hep2.weights import Weights, load_weights, save_model, write_json
+
+
+def train_models(
+    cells: Cells,
+    output: Path,
+    *,
+    names: tuple[str, ...] = tuple(MODELS),
+    recipe: str = "tuned",
+    protocol: str = "clean",
+    seed: int = 0,
+    fold: int = 0,
+    changes: dict | None = None,
+    accelerator: Accelerator,
+    progress: bool = True,
+) -> None:
+    """Train the named models into `output`, each in a folder of its own; a model that is finished is not repeated.
+
+    `changes` replaces fields of every model's recipe but the ensemble's, for a shorter run, say. The ensemble is
+    fitted on the validation cells, from the members that lie in `output`.
+
+    Raises
+    ------
+    ValueError
+        If a name or recipe is unknown, if `output` holds another run, or if the ensemble's members there were trained
+        on other cells.
+    FileNotFoundError
+        If the ensemble's members are not there.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {recipe!r}: choose one of {tuple(RECIPES)}")
+    if unknown := set(names) - set(MODELS):
+        raise ValueError(f"unknown models {sorted(unknown)}: choose from {tuple(MODELS)}")
+    parts = split(cells, protocol, seed, fold)
+    origin = {
+        "recipe": recipe,
+        "protocol": protocol,
+        "seed": seed,
+        "fold": fold if protocol == "specimen" else None,
+        "dataset": cells.source,
+        "dataset_fingerprint": cells.fingerprint,
+    }
+    for name in (name for name in MODELS if name in names):
+        if name == "ensemble":
+            settings = RECIPES[recipe][name]
+            _train_ensemble(cells, parts, output, settings, origin, accelerator, progress)
+            continue
+        settings = replace(RECIPES[recipe][name], **(changes or {}))
+        torch.manual_seed(seed)
+        model = build_model(name, ARCHITECTURES[recipe][name])
+        train, validation = _examples(cells, parts.train), _examples(cells, parts.validation)
+        history = fit(
+            model,
+            train,
+            validation,
+            settings,
+            directory=output / name,
+            seed=seed,
+            accelerator=accelerator,
+            progress=progress,
+        )
+        if accelerator.is_main_process:
+            logits = predict_logits(model.cpu(), validation.inputs)
+            temperature = fit_temperature(logits, validation.labels)
+            _save(output, name, model, settings, origin, history, temperature, accelerator)
+        accelerator.wait_for_everyone()
+
+
+def _train_ensemble(
+    cells: Cells, parts: Split, output: Path, settings: Recipe, origin: dict, accelerator: Accelerator, progress: bool
+) -> None:
+    members = load_weights(output, StackEnsemble.member_names)
+    for name in StackEnsemble.member_names:
+        trained = members.configs[name]["training"]
+        for key in ("dataset_fingerprint", "protocol", "seed", "fold"):
+            if trained[key] != origin[key]:
+                raise ValueError(
+                    f"{output / name} was trained with {key} {trained[key]!r}, the ensemble is to be fitted with "
+                    f"{origin[key]!r}: it would learn from cells its members know; train them again"
+                )
+    ensemble = StackEnsemble(*members.models.values(), tuple(map(members.temperature, StackEnsemble.member_names)))
+    ensemble.eval()
+    images, labels = _examples(cells, parts.validation)
+    with torch.no_grad():
+        inputs = torch.cat([ensemble.member_probabilities(batch) for batch in images.split(256)])
+    if labels.bincount(minlength=len(CLASS_NAMES)).min() < 5:
+        raise ValueError(
+            f"the ensemble needs 5 validation cells of each class; there are {len(labels)} in all: use more"
+        )
+    # The members never trained on the validation cells. A fifth of them is kept aside to watch the fit.
+    fitted, watched = train_test_split(
+        np.arange(len(labels)), test_size=0.2, random_state=origin["seed"], stratify=labels.numpy()
+    )
+    history = fit(
+        ensemble.linear,
+        Examples(inputs[fitted], labels[fitted]),
+        Examples(inputs[watched], labels[watched]),
+        settings,
+        directory=output / "ensemble",
+        seed=origin["seed"],
+        accelerator=accelerator,
+        progress=progress,
+    )
+    if accelerator.is_main_process:
+        temperature = fit_temperature(ensemble.linear.cpu()(inputs), labels)
+        _save(output, "ensemble", ensemble, settings, origin, history, temperature, accelerator)
+    accelerator.wait_for_everyone()
+
+
+def _save(
+    output: Path,
+    name: str,
+    model: torch.nn.Module,
+    settings: Recipe,
+    origin: dict,
+    history: list[dict],
+    temperature: float,
+    accelerator: Accelerator,
+) -> None:
+    versions = {package: version(package) for package in ("torch", "timm", "accelerate")}
+    last = {key: history[-1][key] for key in ("epoch", "validation_loss", "validation_accuracy")}
+    training = origin | {
+        "settings": asdict(settings),
+        "mixed_precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+        "versions": versions,
+        "seconds": round(sum(record["seconds"] for record in history)),
+    }
+    save_model(output, name, model, training=training, temperature=temperature, metrics=last)
+    save_figure(draw_curves(history, MODEL_TITLES[name]), output / name / "curves.png")
+
+
+def evaluate_weights(
+    weights: Weights,
+    cells: Cells,
+    output: Path,
+    *,
+    protocol: str | None = None,
+    seed: int | None = None,
+    fold: int | None = None,
+) -> dict:
+    """Measure weights on the test part of a protocol, and write `metrics.json`, `predictions.csv` and the figures.
+
+    Protocol, seed and fold are those the weights were trained with, unless given. Returns the content of
+    `metrics.json`.
+
+    Raises
+    ------
+    ValueError
+        If any test cell was among the cells that the weights were trained, calibrated or stacked on.
+    """
+    trained = weights.configs["cnn" if "cnn" in weights.configs else next(iter(weights.configs))]["training"]
+    protocol = trained["protocol"] if protocol is None else protocol
+    seed = trained["seed"] if seed is None else seed
+    fold = (trained["fold"] or 0) if fold is None else fold
+    test = split(cells, protocol, seed, fold).test
+    check_unseen(weights, cells, test)
+    answers = predict(weights, cells.images[test])
+    labels = cells.labels[test].numpy()
+    result = {
+        "protocol": protocol,
+        "seed": seed,
+        "fold": fold if protocol == "specimen" else None,
+        "test_size": len(test),
+        "dataset": cells.source,
+        "dataset_fingerprint": cells.fingerprint,
+        "weights": {"source": weights.source, "revision": weights.revision},
+        "models": {name: metrics(values, labels) for name, values in answers.items()},
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "metrics.json", result)
+    names = [cells.names[position] for position in test]
+    text = predictions_csv(names, [CLASS_NAMES[label] for label in labels], answers)
+    write_atomically(output / "predictions.csv", text.encode())
+    for name, values in answers.items():
+        title = f"{MODEL_TITLES[name]}, {protocol} protocol, {len(test):,} test cells"
+        save_figure(draw_confusion(result["models"][name], title), output / f"confusion_{name}.png")
+        save_figure(draw_reliability(values, labels, MODEL_TITLES[name]), output / f"reliability_{name}.png")
+    return result
+
+
+def check_unseen(weights: Weights, cells: Cells, test: np.ndarray) -> None:
+    """Raise ValueError if the weights have seen any of the `test` positions, in training or in choosing."""
+    for name, config in weights.configs.items():
+        trained = config["training"]
+        if trained["dataset_fingerprint"] != cells.fingerprint:
+            continue
+        parts = split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0)
+        seen = np.isin(test, np.concatenate([parts.train, parts.validation]))
+        if seen.any():
+            raise ValueError(
+                f"{int(seen.sum()):,} of the {len(test):,} test cells were used to train {name} (protocol "
+                f"{trained['protocol']!r}, seed {trained['seed']}): evaluate with that protocol and seed, or train "
+                "weights for this one"
+            )
+
+
+def predictions_csv(names: list[str], labels: list[str], answers: dict[str, np.ndarray]) -> str:
+    """Write one line a cell: file, label, then each model's verdict and six probabilities."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    columns = [f"{model}_{column}" for model in answers for column in ("verdict", *CLASS_NAMES)]
+    table.writerow(["file", "label", *columns])
+    for position, (name, label) in enumerate(zip(names, labels, strict=True)):
+        row = [name, label]
+        for values in answers.values():
+            row += [CLASS_NAMES[int(values[position].argmax())], *(f"{p:.6f}" for p in values[position])]
+        table.writerow(row)
+    return text.getvalue()
+
+
+def _examples(cells: Cells, positions: np.ndarray) -> Examples:
+    return Examples(cells.images[positions], cells.labels[positions])

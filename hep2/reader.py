@@ -1,0 +1,133 @@
+"""Reads cells with all models and gives verdicts: what page, API and command line all call."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hep2.imaging import Cell, ImageSource, load_cell
+from hep2.models import StackEnsemble, probabilities
+from hep2.patterns import CLASS_NAMES
+from hep2.weights import Weights
+
+BATCH = 64
+DIGITS = 6  # of a probability in an answer; what lies behind depends on the machine
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be read, and why, in words for its sender."""
+
+    file: str
+    error: str
+
+    def as_dict(self) -> dict:
+        return {"file": self.file, "error": self.error}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the models say of one cell.
+
+    `probabilities` maps each model to an array of shape (6,), calibrated, in the order of `CLASS_NAMES`. The verdict
+    is the ensemble's; `agreement` counts the models, the ensemble among them, that say the same.
+    """
+
+    file: str
+    cell: Cell
+    probabilities: dict[str, np.ndarray]
+    weights: dict[str, str]
+
+    @property
+    def verdict(self) -> str:
+        return CLASS_NAMES[int(self.probabilities["ensemble"].argmax())]
+
+    @property
+    def probability(self) -> float:
+        return round(float(self.probabilities["ensemble"].max()), DIGITS)
+
+    @property
+    def agreement(self) -> int:
+        return sum(CLASS_NAMES[int(p.argmax())] == self.verdict for p in self.probabilities.values())
+
+    def as_dict(self) -> dict:
+        return {
+            "file": self.file,
+            "verdict": self.verdict,
+            "probability": self.probability,
+            "agreement": self.agreement,
+            "models": {
+                name: {label: round(float(p), DIGITS) for label, p in zip(CLASS_NAMES, values, strict=True)}
+                for name, values in self.probabilities.items()
+            },
+            "warnings": list(self.cell.warnings),
+            "weights": self.weights,
+        }
+
+
+@torch.inference_mode()
+def predict(weights: Weights, images: Tensor) -> dict[str, np.ndarray]:
+    """Return calibrated probabilities (cells, 6), float32, of each model for images (cells, 1, 78, 78)."""
+    parts = [_probabilities(weights, batch) for batch in images.split(BATCH)]
+    return {name: torch.cat([part[name] for part in parts]).numpy() for name in weights.models}
+
+
+def _probabilities(weights: Weights, images: Tensor) -> dict[str, Tensor]:
+    # The stack takes the probabilities that its members have just given, and does not run them again.
+    members = tuple(name for name in weights.configs if name != "ensemble")
+    result = {name: probabilities(weights.models[name](images), weights.temperature(name)) for name in members}
+    if "ensemble" in weights.models:
+        stacked = torch.cat([result[name] for name in StackEnsemble.member_names], dim=1)
+        logits = weights.models["ensemble"].linear(stacked)
+        result["ensemble"] = probabilities(logits, weights.temperature("ensemble"))
+    return result
+
+
+class Reader:
+    """Holds loaded weights and reads images with them; made once and used for every request."""
+
+    def __init__(self, weights: Weights) -> None:
+        """Take weights of all four models.
+
+        Raises
+        ------
+        ValueError
+            If the ensemble is missing, whose verdict every reading carries.
+        """
+        if "ensemble" not in weights.models:
+            raise ValueError(f"a reader needs the ensemble, but only {list(weights.models)} were loaded")
+        self.weights = weights
+
+    def read(self, sources: Iterable[tuple[str, ImageSource]]) -> Iterator[Reading | Failure]:
+        """Read (name, image) pairs in order, a batch at a time; an image that cannot be read costs no other."""
+        batch: list[tuple[str, Cell | Failure]] = []
+        for name, source in sources:
+            try:
+                batch.append((name, load_cell(source)))
+            except (ValueError, OSError) as error:
+                batch.append((name, Failure(name, str(error))))
+            if len(batch) == BATCH:
+                yield from self._read_batch(batch)
+                batch = []
+        yield from self._read_batch(batch)
+
+    def read_files(self, paths: Iterable[Path | str]) -> Iterator[Reading | Failure]:
+        """Read image files in order, each under the name it was given by."""
+        return self.read((str(path), Path(path)) for path in paths)
+
+    def _read_batch(self, batch: list[tuple[str, Cell | Failure]]) -> Iterator[Reading | Failure]:
+        cells = [cell for _, cell in batch if isinstance(cell, Cell)]
+        if cells:
+            images = torch.from_numpy(np.stack([cell.pixels for cell in cells]))
+            answers = predict(self.weights, images)
+        position = 0
+        where = {"source": self.weights.source, "revision": self.weights.revision}
+        for name, cell in batch:
+            if isinstance(cell, Failure):
+                yield cell
+                continue
+            yield Reading(name, cell, {model: values[position] for model, values in answers.items()}, where)
+            position += 1

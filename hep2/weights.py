@@ -1,0 +1,191 @@
+"""A folder of trained weights: one folder a model with `config.json` and `model.safetensors`, and `metrics.json`.
+
+The same layout lies inside the package (`hep2/bundled`), in a training run's output and in a Hub repository.
+Only JSON and safetensors are ever read.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from hep2.imaging import PREPROCESSING
+from hep2.models import MODELS, StackEnsemble, build_model
+from hep2.patterns import CLASS_NAMES
+from hep2.training import write_atomically
+
+FORMAT = 1
+BUNDLED = Path(__file__).with_name("bundled")
+CONFIG_FIELDS = {"format", "model", "architecture", "labels", "preprocessing", "training", "calibration", "metrics"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Loaded models in evaluation mode, by name in the order of `MODELS`, with their configs and where they are from.
+
+    `metrics` is the content of `metrics.json`, or empty. `revision` is the Hub's commit, or for a local folder a hash
+    of the weights themselves.
+    """
+
+    models: dict[str, nn.Module]
+    configs: dict[str, dict]
+    metrics: dict
+    source: str
+    revision: str
+
+    def temperature(self, name: str) -> float:
+        return self.configs[name]["calibration"]["temperature"]
+
+
+def save_model(
+    folder: Path, name: str, model: nn.Module, *, training: dict, temperature: float, metrics: dict | None = None
+) -> None:
+    """Write one model's config and weights into `folder/name`, whole or not at all.
+
+    Filters and matrices are stored at half precision, which halves the download and changes no verdict; the rest,
+    and so the running variances of batch norm, which half precision cannot hold, at single precision.
+    """
+    directory = folder / name
+    directory.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, StackEnsemble):
+        tensors = model.linear.state_dict()
+        architecture = {"members": {member: _digest(folder / member) for member in StackEnsemble.member_names}}
+    else:
+        tensors = {key: t.half() if t.ndim > 1 else t for key, t in model.state_dict().items()}
+        architecture = asdict(model.config)
+    config = {
+        "format": FORMAT,
+        "model": name,
+        "architecture": architecture,
+        "labels": list(CLASS_NAMES),
+        "preprocessing": PREPROCESSING,
+        "training": training,
+        "calibration": {"temperature": temperature},
+        "metrics": metrics or {},
+    }
+    data = save({key: tensor.contiguous().cpu() for key, tensor in tensors.items()})
+    write_atomically(directory / "model.safetensors", data)
+    write_json(directory / "config.json", config)
+
+
+def load_weights(
+    folder: Path | str = BUNDLED, names: tuple[str, ...] = tuple(MODELS), source: str | None = None
+) -> Weights:
+    """Load the named models strictly, and with the ensemble its members.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing.
+    ValueError
+        If a file is damaged, a config does not fit this version (other labels, preprocessing or fields), a tensor is
+        missing, superfluous or of another shape, or the ensemble was fitted on other members.
+    """
+    folder = Path(folder)
+    if unknown := set(names) - set(MODELS):
+        raise ValueError(f"unknown models {sorted(unknown)}: choose from {list(MODELS)}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder of weights; train some, or use the bundled ones")
+    needed = set(names) | (set(StackEnsemble.member_names) if "ensemble" in names else set())
+    models: dict[str, nn.Module] = {}
+    configs: dict[str, dict] = {}
+    for name in MODELS:
+        if name not in needed:
+            continue
+        configs[name] = _read_config(folder / name / "config.json", name)
+        path = folder / name / "model.safetensors"
+        if name == "ensemble":
+            models[name] = _load_ensemble(folder, path, models, configs)
+        else:
+            try:
+                models[name] = build_model(name, configs[name]["architecture"])
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{folder / name / 'config.json'}: {error}") from error
+            _load_tensors(models[name], path)
+        models[name].eval()
+    metrics_path = folder / "metrics.json"
+    return Weights(
+        models=models,
+        configs=configs,
+        metrics=read_json(metrics_path) if metrics_path.exists() else {},
+        source=source or ("bundled" if folder == BUNDLED else str(folder)),
+        revision=hashlib.sha256("".join(_digest(folder / name) for name in models).encode()).hexdigest()[:12],
+    )
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object; an absent or damaged file is an error that names it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the folder does not hold complete weights")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); get it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, expected an object")
+    return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _read_config(path: Path, name: str) -> dict:
+    config = read_json(path)
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {config.get('format')!r}, but this version reads {FORMAT}; update hep2")
+    if set(config) != CONFIG_FIELDS:
+        odd = sorted(set(config) ^ CONFIG_FIELDS)
+        raise ValueError(f"{path}: fields {odd} are missing or unknown; expected {sorted(CONFIG_FIELDS)}")
+    for field, expected in (("model", name), ("labels", list(CLASS_NAMES)), ("preprocessing", PREPROCESSING)):
+        if config[field] != expected:
+            raise ValueError(f"{path}: {field} is {config[field]!r}, expected {expected!r}")
+    temperature = config["calibration"].get("temperature") if isinstance(config["calibration"], dict) else None
+    if not isinstance(temperature, (int, float)) or not temperature > 0:
+        raise ValueError(f"{path}: calibration is {config['calibration']!r}, expected a positive temperature")
+    return config
+
+
+def _load_ensemble(folder: Path, path: Path, models: dict[str, nn.Module], configs: dict[str, dict]) -> StackEnsemble:
+    expected = configs["ensemble"]["architecture"].get("members")
+    found = {member: _digest(folder / member) for member in StackEnsemble.member_names}
+    if expected != found:
+        raise ValueError(
+            f"{folder / 'ensemble' / 'config.json'}: the ensemble was fitted on members {expected}, but the folder "
+            f"holds {found}; train the ensemble again on these members"
+        )
+    temperatures = tuple(configs[member]["calibration"]["temperature"] for member in StackEnsemble.member_names)
+    ensemble = StackEnsemble(*(models[member] for member in StackEnsemble.member_names), temperatures)
+    _load_tensors(ensemble.linear, path)
+    return ensemble
+
+
+def _load_tensors(module: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the folder does not hold complete weights")
+    try:
+        tensors = load(path.read_bytes())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); get it again") from error
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ValueError(f"{path}: some weights are NaN or infinite; get it again")
+    try:
+        module.load_state_dict({key: _restored(tensor) for key, tensor in tensors.items()}, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its config: {' '.join(str(error).split())}") from error
+
+
+def _restored(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+def _digest(directory: Path) -> str:
+    path = directory / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the folder does not hold complete weights")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

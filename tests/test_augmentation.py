@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from hep2.augmentation import augment_paper, augment_tuned, dihedral, translate
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_dihedral_gives_all_eight_symmetries_and_nothing_else():
+    image = torch.arange(9.0).reshape(1, 1, 3, 3)
+    symmetries = {tuple(torch.rot90(f, k, (2, 3)).flatten().tolist()) for k in range(4) for f in (image, image.flip(3))}
+    seen = {tuple(one.flatten().tolist()) for one in dihedral(image.expand(200, -1, -1, -1), generator())}
+    assert seen == symmetries
+
+
+def test_translate_moves_whole_pixels_and_mirrors_at_the_border():
+    image = torch.arange(100.0).reshape(1, 1, 10, 10)
+    moved = translate(image.expand(50, -1, -1, -1), 2, generator())
+    padded = torch.nn.functional.pad(image, (2, 2, 2, 2), mode="reflect")[0, 0]
+    windows = [padded[r : r + 10, c : c + 10] for r in range(5) for c in range(5)]
+    for one in moved[:, 0]:
+        assert any(torch.equal(one, window) for window in windows)
+
+
+@pytest.mark.parametrize("augment", [augment_tuned, lambda x, g: augment_paper(x, torch.arange(len(x)) % 6, g)])
+def test_augmentation_keeps_shape_and_range_and_follows_the_generator(augment, phantoms):
+    images = phantoms.images[:24]
+    result = augment(images, generator(1))
+    assert result.shape == images.shape
+    assert result.dtype == torch.float32
+    assert result.min() >= 0
+    assert result.max() <= 1
+    torch.testing.assert_close(result, augment(images, generator(1)), rtol=0, atol=0)
+    assert not torch.equal(result, augment(images, generator(2)))
+
+
+def test_augment_paper_leaves_angle_0_and_turns_angle_90():
+    images = torch.zeros(2, 1, 9, 9)
+    images[:, :, 1:3, 2] = 0.5
+    result = augment_paper(images, torch.tensor([0, 5]), generator())
+    torch.testing.assert_close(result[0], images[0])
+    turned = result[1] / result[1].max() * 0.5
+    assert any(torch.allclose(turned, torch.rot90(images[1], k, (1, 2)), atol=1e-4) for k in (1, 3))

@@ -1,0 +1,139 @@
+import dataclasses
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hep2.data import Cells, blocks_of, load_cells, specimen_blocks, split, unique_cells
+from hep2.patterns import CELLS_IN_DATASET, CLASS_NAMES
+from hep2.phantoms import phantom_files
+
+
+def published_like(duplicates: int = 0) -> Cells:
+    """Cells with the published dataset's IDs and labels but without its images; the last ones repeat the first."""
+    blocks = specimen_blocks()
+    labels = [CLASS_NAMES.index(block.class_name) for block in blocks for _ in range(block.first, block.last + 1)]
+    digests = [str(number) for number in range(len(labels))]
+    if duplicates:
+        digests[-duplicates:] = digests[-2 * duplicates : -duplicates]
+    return Cells(
+        images=torch.zeros(len(labels), 1, 1, 1),
+        labels=torch.tensor(labels),
+        names=tuple(f"{number:05d}.png" for number in range(1, len(labels) + 1)),
+        digests=tuple(digests),
+        source="made up",
+    )
+
+
+@pytest.mark.parametrize("protocol", ["paper", "clean", "specimen"])
+def test_split_parts_are_disjoint_and_depend_on_the_seed_alone(protocol):
+    cells = published_like(duplicates=100)
+    first, again, other = (split(cells, protocol, seed) for seed in (1, 1, 2))
+    for part, same in zip(first, again, strict=True):
+        np.testing.assert_array_equal(part, same)
+    assert not np.array_equal(first.train, other.train)
+    together = np.concatenate(first)
+    assert len(np.unique(together)) == len(together) == CELLS_IN_DATASET - (0 if protocol == "paper" else 100)
+
+
+def test_split_paper_has_the_sizes_of_the_source():
+    assert [len(part) for part in split(published_like(), "paper")] == [9517, 2040, 2039]
+
+
+def test_split_clean_is_stratified_and_without_duplicates():
+    cells = published_like(duplicates=100)
+    parts = split(cells, "clean", 3)
+    share = cells.labels[unique_cells(cells)].bincount() / (CELLS_IN_DATASET - 100)
+    for part, size in zip(parts, (0.7, 0.15, 0.15), strict=True):
+        assert len(part) == pytest.approx(size * (CELLS_IN_DATASET - 100), abs=1)
+        assert (cells.labels[part].bincount() / len(part) - share).abs().max() < 0.001
+        assert len({cells.digests[i] for i in part}) == len(part)
+
+
+def test_split_specimen_divides_no_block_and_tests_each_cell_once():
+    cells = published_like()
+    block_of = blocks_of(cells)
+    tested = []
+    for fold in range(4):
+        parts = split(cells, "specimen", 0, fold)
+        blocks = [set(block_of[part]) for part in parts]
+        assert not (blocks[0] & blocks[1] or blocks[0] & blocks[2] or blocks[1] & blocks[2])
+        for part in parts:
+            assert set(cells.labels[part].tolist()) == set(range(6))
+        tested.append(parts.test)
+    np.testing.assert_array_equal(np.sort(np.concatenate(tested)), np.arange(CELLS_IN_DATASET))
+
+
+def test_split_specimen_needs_the_published_ids(phantoms):
+    with pytest.raises(ValueError, match="IDs of the published dataset"):
+        split(phantoms, "specimen")
+    cells = published_like()
+    with pytest.raises(ValueError, match="another class than the block table"):
+        split(dataclasses.replace(cells, labels=cells.labels.flip(0)), "specimen")
+    with pytest.raises(ValueError, match="fold 4"):
+        split(cells, "specimen", fold=4)
+
+
+def test_split_of_an_unknown_protocol_or_too_few_cells_says_so(phantoms):
+    with pytest.raises(ValueError, match="unknown protocol 'random'"):
+        split(phantoms, "random")
+    with pytest.raises(ValueError, match="too few"):
+        split(load_cells("phantoms:2"), "clean")
+
+
+def test_specimen_blocks_cover_the_dataset_without_gap():
+    blocks = specimen_blocks()
+    assert len(blocks) == 73
+    assert [block.first for block in blocks] == [1, *(block.last + 1 for block in blocks[:-1])]
+    assert blocks[-1].last == CELLS_IN_DATASET
+    for fold in range(4):
+        assert sum(block.class_name == "Golgi" and block.fold == fold for block in blocks) == 1
+
+
+def test_load_cells_makes_phantoms_in_order_of_name(phantoms):
+    assert phantoms.images.shape == (72, 1, 78, 78)
+    assert phantoms.images.dtype == torch.float32
+    assert list(phantoms.names) == sorted(phantoms.names)
+    assert phantoms.labels.tolist() == sorted(phantoms.labels.tolist())
+    assert phantoms.fingerprint == load_cells("phantoms:12").fingerprint != load_cells("phantoms:11").fingerprint
+    with pytest.raises(ValueError, match="phantoms:COUNT"):
+        load_cells("phantoms:many")
+
+
+def local_dataset(folder, names=CLASS_NAMES, column="image"):
+    """Write phantoms in the layout of the published dataset."""
+    rows = {column: [], "label": []}
+    for number, (_, image, pattern) in enumerate(phantom_files(2)):
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        path = folder / "images" / f"{number + 1:05d}.png"
+        Image.fromarray(image).save(path)
+        rows[column].append(str(path))
+        rows["label"].append(list(CLASS_NAMES).index(pattern))
+    features = datasets.Features({column: datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
+    table = datasets.Dataset.from_dict(rows, features=features)
+    (folder / "data").mkdir()
+    for part, positions in (("train", range(4, 12)), ("validation", range(2, 4)), ("test", range(2))):
+        table.select(positions).to_parquet(folder / "data" / f"{part}-00000-of-00001.parquet")
+    return folder
+
+
+def test_load_cells_reads_a_local_folder_in_the_layout_of_the_hub(tmp_path):
+    cells = load_cells(local_dataset(tmp_path / "local"))
+    expected = load_cells("phantoms:2")
+    torch.testing.assert_close(cells.images, expected.images)
+    assert cells.labels.tolist() == expected.labels.tolist()
+    assert cells.names == tuple(f"{number:05d}.png" for number in range(1, 13))
+
+
+def test_load_cells_rejects_other_classes_and_columns(tmp_path):
+    with pytest.raises(ValueError, match="has the classes"):
+        load_cells(local_dataset(tmp_path / "a", names=("a", "b", "c", "d", "e", "f")))
+    with pytest.raises(ValueError, match="has the columns"):
+        load_cells(local_dataset(tmp_path / "b", column="picture"))
+
+
+def test_load_cells_of_a_missing_folder_says_what_to_give(tmp_path):
+    with pytest.raises(FileNotFoundError, match="give a Hub dataset's OWNER/NAME"):
+        load_cells(tmp_path / "missing")

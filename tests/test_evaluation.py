@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+import torch
+
+from hep2.evaluation import (
+    comparison_table,
+    draw_confusion,
+    draw_curves,
+    draw_reliability,
+    expected_calibration_error,
+    fit_temperature,
+    metrics,
+    save_figure,
+)
+from hep2.patterns import CLASS_NAMES, SOURCE_RESULTS
+
+LABELS = np.repeat(np.arange(6), 10)
+
+
+def sure_of(verdicts: np.ndarray, probability: float = 0.9) -> np.ndarray:
+    rest = (1 - probability) / 5
+    return np.where(np.eye(6)[verdicts] == 1, probability, rest)
+
+
+def test_metrics_of_known_verdicts():
+    verdicts = LABELS.copy()
+    verdicts[10:15] = 0  # half of Golgi read as Centromere
+    result = metrics(sure_of(verdicts), LABELS)
+    assert result["accuracy"] == pytest.approx(55 / 60)
+    assert result["mean_class_accuracy"] == result["macro_recall"] == pytest.approx(5.5 / 6)
+    assert result["per_class"]["Golgi"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 10}
+    assert result["per_class"]["Centromere"]["precision"] == pytest.approx(10 / 15)
+    assert result["macro_precision"] == pytest.approx((5 + 10 / 15) / 6)
+    assert result["confusion"][1] == [5, 5, 0, 0, 0, 0]
+    assert list(result["per_class"]) == list(CLASS_NAMES)
+    assert result["ece"] == pytest.approx(abs(55 / 60 - 0.9))
+
+
+def test_metrics_leaves_absent_classes_out_of_the_mean_class_accuracy():
+    result = metrics(sure_of(LABELS[:20]), LABELS[:20])
+    assert result["mean_class_accuracy"] == 1
+    assert result["macro_recall"] == pytest.approx(2 / 6)
+
+
+def test_expected_calibration_error_weighs_bins_by_their_cells():
+    probabilities = np.concatenate([sure_of(LABELS[:30], 0.95), sure_of(LABELS[30:], 0.55)])
+    verdicts_right = np.ones(60, bool)
+    verdicts_right[30:45] = False
+    labels = np.where(verdicts_right, LABELS, (LABELS + 1) % 6)
+    assert expected_calibration_error(probabilities, labels) == pytest.approx(0.5 * 0.05 + 0.5 * 0.05)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_fit_temperature_finds_the_temperature_the_labels_were_drawn_with(temperature):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(20_000, 6, generator=generator)
+    labels = torch.multinomial((logits / temperature).softmax(1), 1, generator=generator)[:, 0]
+    assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.05)
+
+
+def test_comparison_table_shows_ours_and_the_sources_figures():
+    result = metrics(sure_of(LABELS), LABELS)
+    table = comparison_table(dict.fromkeys(SOURCE_RESULTS, result))
+    assert table.count("1.0000") == 4 * 7
+    assert table.count("the source's") == 4
+    assert "0.95" in table
+
+
+def test_figures_are_written_as_png(tmp_path):
+    probabilities = sure_of(LABELS)
+    record = {"train_loss": 1.0, "validation_loss": 1.0, "train_accuracy": 0.5, "validation_accuracy": 0.5}
+    figures = [
+        draw_confusion(metrics(probabilities, LABELS), "a"),
+        draw_reliability(probabilities, LABELS, "b"),
+        draw_curves([{"epoch": 1, **record}, {"epoch": 2, **record}], "c"),
+    ]
+    for number, figure in enumerate(figures):
+        save_figure(figure, tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+
+from hep2.patterns import CLASS_NAMES
+from hep2.phantoms import phantom_cell
+from hep2.reader import BATCH, Failure, Reader, Reading, predict
+from hep2.weights import load_weights
+
+
+@pytest.fixture(scope="module")
+def reader(untrained) -> Reader:
+    return Reader(load_weights(untrained))
+
+
+def test_read_answers_in_order_and_a_failure_costs_no_other(reader):
+    rng = np.random.default_rng(0)
+    sources = [(str(n), phantom_cell("Golgi", rng)) for n in range(BATCH + 3)]
+    sources[1] = ("1", b"no image")
+    readings = list(reader.read(iter(sources)))
+    assert [reading.file for reading in readings] == [name for name, _ in sources]
+    assert isinstance(readings[1], Failure)
+    assert "not an image" in readings[1].error
+    assert sum(isinstance(reading, Reading) for reading in readings) == BATCH + 2
+
+
+def test_reading_is_what_the_models_say(reader):
+    reading = next(reader.read([("cell.png", phantom_cell("NuMem", np.random.default_rng(0)))]))
+    answer = reading.as_dict()
+    assert list(answer) == ["file", "verdict", "probability", "agreement", "models", "warnings", "weights"]
+    assert answer["file"] == "cell.png"
+    assert list(answer["models"]) == ["cnn", "rescnn", "vit", "ensemble"]
+    for name, values in answer["models"].items():
+        assert list(values) == list(CLASS_NAMES)
+        assert sum(values.values()) == pytest.approx(1, abs=1e-5)
+        with torch.inference_mode():
+            logits = reader.weights.models[name](torch.from_numpy(reading.cell.pixels)[None])[0]
+        expected = (logits / 1.5).softmax(0)
+        np.testing.assert_allclose(list(values.values()), expected, atol=2e-5)
+    best = max(answer["models"]["ensemble"], key=answer["models"]["ensemble"].get)
+    assert answer["verdict"] == best
+    assert answer["probability"] == answer["models"]["ensemble"][best]
+    verdicts = [max(values, key=values.get) for values in answer["models"].values()]
+    assert answer["agreement"] == verdicts.count(best)
+    assert answer["weights"] == {"source": reader.weights.source, "revision": reader.weights.revision}
+
+
+def test_reading_carries_the_doubts_about_the_image(reader):
+    image = np.random.default_rng(0).random((20, 20))
+    assert "small" in next(reader.read([("tiny", image)])).as_dict()["warnings"][0]
+
+
+def test_predict_does_not_depend_on_the_batch(reader, phantoms):
+    images = phantoms.images[:5]
+    together = predict(reader.weights, images)
+    alone = [predict(reader.weights, image[None]) for image in images]
+    for name, values in together.items():
+        np.testing.assert_allclose(values, np.concatenate([one[name] for one in alone]), atol=1e-6)
+
+
+def test_reader_needs_the_ensemble(untrained):
+    with pytest.raises(ValueError, match="needs the ensemble"):
+        Reader(load_weights(untrained, ("cnn",)))

@@ -1,0 +1,207 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT
+from torch import nn
+
+from hep2.recipes import ARCHITECTURES, RECIPES
+from hep2.training import Examples, Recipe, cutmix, fit, write_atomically
+
+RECIPE = Recipe(epochs=3, batch_size=8, optimizer="adamw", learning_rate=0.01, augmentation="tuned", ema_decay=0.9)
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.1), nn.Flatten(), nn.LazyLinear(6)
+    )
+
+
+def examples(cells, start: int, step: int) -> Examples:
+    return Examples(cells.images[start::step], cells.labels[start::step])
+
+
+def run(cells, directory, recipe=RECIPE, seed=0, model=None) -> tuple[nn.Module, list[dict]]:
+    model = model or small_model()
+    model(cells.images[:2])
+    history = fit(
+        model,
+        examples(cells, 0, 2),
+        examples(cells, 1, 2),
+        recipe,
+        directory=directory,
+        seed=seed,
+        accelerator=Accelerator(),
+        progress=False,
+    )
+    return model, history
+
+
+def assert_same_weights(first: nn.Module, second: nn.Module) -> None:
+    for one, other in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("balance", ["none", "weights", "sampling"])
+def test_fit_learns_and_logs_every_epoch(balance, phantoms, tmp_path):
+    recipe = replace(RECIPE, epochs=15, class_balance=balance, augmentation="none")
+    _, history = run(phantoms, tmp_path, recipe)
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == history
+    assert [record["epoch"] for record in history] == list(range(1, 16))
+    assert history[-1]["train_loss"] < history[0]["train_loss"] / 2
+    assert history[-1]["validation_accuracy"] > 0.5
+    assert set(history[0]) == {
+        "epoch",
+        "train_loss",
+        "train_accuracy",
+        "validation_loss",
+        "validation_accuracy",
+        "learning_rate",
+        "images_per_second",
+        "seconds",
+    }
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_fit_goes_on_where_it_was_stopped_with_the_same_weights_bit_for_bit(kept, phantoms, tmp_path, monkeypatch):
+    whole, history = run(phantoms, tmp_path / "whole")
+
+    class Stopped(Exception):
+        pass
+
+    def stop_later(path, data):
+        write_atomically(path, data)
+        if path.name == "log.jsonl" and len(data.splitlines()) > kept:
+            raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("hep2.training.write_atomically", stop_later)
+        run(phantoms, tmp_path / "parts")
+    resumed, resumed_history = run(phantoms, tmp_path / "parts")
+    assert_same_weights(whole, resumed)
+    assert [r["train_loss"] for r in resumed_history] == [r["train_loss"] for r in history]
+
+
+def test_fit_of_a_finished_run_changes_nothing(phantoms, tmp_path):
+    first, history = run(phantoms, tmp_path)
+    again, same_history = run(phantoms, tmp_path)
+    assert_same_weights(first, again)
+    assert same_history == history
+
+
+def test_fit_refuses_a_directory_of_another_run(phantoms, tmp_path):
+    run(phantoms, tmp_path)
+    with pytest.raises(ValueError, match="another run \\(another seed\\)"):
+        run(phantoms, tmp_path, seed=1)
+    with pytest.raises(ValueError, match="another run \\(another recipe\\)"):
+        run(phantoms, tmp_path, replace(RECIPE, learning_rate=0.1))
+
+
+def test_fit_stops_early_and_keeps_the_best_weights(phantoms, tmp_path):
+    # No later epoch is better by 100, so the first stays the best and two more are waited for.
+    recipe = replace(RECIPE, epochs=10, patience=2, min_delta=100.0, ema_decay=None)
+    model, history = run(phantoms, tmp_path, recipe)
+    assert len(history) == 3
+    best = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert best["best_epoch"] == 1
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, best["best"][name])
+
+
+def test_fit_stops_when_the_loss_is_not_finite(phantoms, tmp_path):
+    recipe = replace(RECIPE, optimizer="sgd", learning_rate=1e30, ema_decay=None)
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        run(phantoms, tmp_path, recipe)
+
+
+def test_paper_augmentation_shows_each_cell_six_times(phantoms, tmp_path):
+    seen = []
+
+    class Watching(nn.Linear):
+        def forward(self, inputs):
+            if self.training:
+                seen.append(len(inputs))
+            return super().forward(inputs.flatten(1))
+
+    recipe = replace(RECIPE, epochs=1, augmentation="paper", ema_decay=None)
+    run(phantoms, tmp_path, recipe, model=Watching(78 * 78, 6).eval())
+    assert sum(seen) == 6 * len(phantoms.labels[::2])
+    assert max(seen) - min(seen) <= 1
+    assert max(seen) <= 8
+
+
+def test_recipes_name_every_model_and_the_paper_recipe_is_the_sources():
+    for recipe in RECIPES.values():
+        assert list(recipe) == ["cnn", "rescnn", "vit", "ensemble"]
+    assert set(ARCHITECTURES) == set(RECIPES)
+    for name, decay, patience, epochs in (
+        ("cnn", 1e-3, 2, 73),
+        ("rescnn", 5e-3, 2, 73),
+        ("vit", 1e-3, 2, 20),
+        ("ensemble", 1e-3, 1, 20),
+    ):
+        recipe = RECIPES["paper"][name]
+        assert (recipe.optimizer, recipe.learning_rate, recipe.momentum) == ("sgd", 1e-4, 0.4)
+        assert (recipe.weight_decay, recipe.patience, recipe.min_delta) == (decay, patience, 1e-3)
+        assert (recipe.epochs, recipe.schedule, recipe.label_smoothing, recipe.ema_decay) == (
+            epochs,
+            "constant",
+            0,
+            None,
+        )
+
+
+@pytest.mark.parametrize("change", [{"optimizer": "adam"}, {"epochs": 0}, {"batch_size": 1}, {"learning_rate": 0.0}])
+def test_recipe_refuses_values_that_do_not_fit(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        replace(RECIPE, **change)
+
+
+def test_cutmix_mixes_targets_by_area():
+    images = torch.stack([torch.full((1, 20, 20), float(i)) for i in range(4)])
+    mixed, targets = cutmix(images, torch.eye(4), torch.Generator().manual_seed(3))
+    for image, target in zip(mixed, targets, strict=True):
+        share = image.flatten().long().bincount(minlength=4) / 400
+        torch.testing.assert_close(share, target)
+
+
+def train_command(output, *options: str) -> list[str]:
+    return ["train.py", "--dataset", "phantoms:20", "--models", "cnn", "--output", str(output), *options]
+
+
+def test_train_killed_at_any_moment_ends_with_the_same_weights(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *train_command(tmp_path / "killed", "--epochs", "4")]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    log = tmp_path / "killed" / "cnn" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert len(log.read_text().splitlines()) < 4
+    assert not (tmp_path / "killed" / "cnn" / "model.safetensors").exists()
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    whole = [sys.executable, *train_command(tmp_path / "whole", "--epochs", "4")]
+    subprocess.run(whole, cwd=ROOT, env=environment, check=True, capture_output=True)
+    killed, never = (tmp_path / d / "cnn" / "model.safetensors" for d in ("killed", "whole"))
+    assert killed.read_bytes() == never.read_bytes()
+
+
+def test_train_runs_on_two_processes(tmp_path):
+    # Without a GPU, --multi_gpu means several processes on the CPU.
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [*launch, "--main_process_port", "0", *train_command(tmp_path, "--epochs", "2")]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=240)
+    config = json.loads((tmp_path / "cnn" / "config.json").read_text())
+    assert config["training"]["processes"] == 2
+    assert len((tmp_path / "cnn" / "log.jsonl").read_text().splitlines()) == 2

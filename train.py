@@ -1,0 +1,63 @@
+"""Train the models: `python train.py --dataset … --output DIR`, or `accelerate launch train.py …` on several devices.
+
+Killed at any moment and started again with the same command, it goes on behind the last whole epoch.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from hep2.data import DEFAULT_DATASET, PROTOCOLS, load_cells
+from hep2.evaluation import comparison_table
+from hep2.models import MODELS
+from hep2.pipeline import evaluate_weights, train_models
+from hep2.recipes import RECIPES
+from hep2.weights import load_weights
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, then measure on the test part; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what to train on")
+    what.add_argument("--dataset", default=DEFAULT_DATASET, help="Hub name, local folder, or phantoms[:COUNT]")
+    what.add_argument("--protocol", choices=PROTOCOLS, default="clean", help="how the cells are divided")
+    what.add_argument("--fold", type=int, default=0, help="0 to 3, of the protocol 'specimen'")
+    how = parser.add_argument_group("how")
+    how.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS), metavar="MODEL")
+    how.add_argument("--recipe", choices=tuple(RECIPES), default="tuned")
+    how.add_argument("--epochs", type=int, help="in place of the recipe's, for all models but the ensemble")
+    how.add_argument("--batch-size", type=int, help="in place of the recipe's")
+    how.add_argument("--seed", type=int, default=0, help="of the split, the first weights and every epoch")
+    how.add_argument("--mixed-precision", choices=("no", "bf16"), default="bf16", help="bf16 halves the time")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="weights, logs, curves, figures")
+    arguments = parser.parse_args(argv)
+    changes = {"epochs": arguments.epochs, "batch_size": arguments.batch_size}
+    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    try:
+        cells = load_cells(arguments.dataset)
+        train_models(
+            cells,
+            arguments.output,
+            names=tuple(arguments.models),
+            recipe=arguments.recipe,
+            protocol=arguments.protocol,
+            seed=arguments.seed,
+            fold=arguments.fold,
+            changes={key: value for key, value in changes.items() if value is not None},
+            accelerator=accelerator,
+        )
+        if accelerator.is_main_process:
+            weights = load_weights(arguments.output, tuple(arguments.models))
+            print(comparison_table(evaluate_weights(weights, cells, arguments.output)["models"]))
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    finally:
+        accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
