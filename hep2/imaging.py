@@ -20,6 +20,8 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 MAX_PIXELS = 50_000_000
 CHANNEL_NAMES = ("red", "green", "blue")
 
+TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
 # Travels with the weights: weights made under other settings refuse to load.
 PREPROCESSING = {
     "image_size": IMAGE_SIZE,
@@ -27,6 +29,10 @@ PREPROCESSING = {
     "resize": "bicubic with antialiasing, aspect kept, black margins",
     "quantiles": [0.01, 0.99],
 }
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message says why and what to do, in words for its sender."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,9 @@ def load_cell(source: ImageSource) -> Cell:
     ------
     FileNotFoundError
         If a path names no file.
-    ValueError
-        If it is no readable image, is truncated, empty, constant, holds NaN or infinity, or has more than 50
-        million pixels. The message says which, and what to do.
+    ImageError
+        If it is no readable image, is truncated, empty, constant, holds NaN or infinity, or has more than 50 million
+        pixels. It is a ValueError, and its message says which, and what to do.
     """
     intensity, notes = read_intensity(source)
     return Cell(prepare(intensity), tuple(notes + _doubts(intensity)))
@@ -84,7 +90,7 @@ def prepare(intensity: np.ndarray) -> np.ndarray:
 
     Raises
     ------
-    ValueError
+    ImageError
         If the two percentiles are equal: the image is constant, or nearly so.
     """
     rows, columns = intensity.shape
@@ -96,7 +102,7 @@ def prepare(intensity: np.ndarray) -> np.ndarray:
     low, high = np.quantile(intensity, PREPROCESSING["quantiles"])
     # Resizing a constant image leaves rounding errors, which a stretch would blow up into a pattern.
     if high - low <= 1e-6 * max(abs(low), abs(high)):
-        raise ValueError(
+        raise ImageError(
             f"the image is constant: its 1st and 99th percentiles are both {low:g}; give an image that shows a cell"
         )
     stretched = ((intensity - low) / (high - low)).clip(0, 1)
@@ -115,24 +121,34 @@ def _decode(source: str | Path | bytes | BinaryIO, notes: list[str]) -> np.ndarr
     else:
         data = source if isinstance(source, bytes) else source.read()
     if not data:
-        raise ValueError("the file is empty (0 bytes); give an image file")
+        raise ImageError("the file is empty (0 bytes); give an image file")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.format == "TIFF" and _is_deep_colour(image):
-            return _decode_tiff(data, notes)
-        return _array(image, notes)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"the image has more than {MAX_PIXELS:,} pixels: crop one cell out of it") from error
+        return _decode_bytes(data, notes)
+    except ImageError:
+        raise
     except UnidentifiedImageError as error:
-        if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            return _decode_tiff(data, notes)
-        raise ValueError(
+        raise ImageError(
             f"not an image of a known kind (it begins with {data[:8]!r}); give PNG, JPEG, TIFF, BMP or WebP"
         ) from error
-    except (OSError, SyntaxError, EOFError, MemoryError) as error:  # what Pillow's decoders raise
-        raise ValueError(
-            f"the image is truncated or damaged ({error}); save it again and give the whole file"
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"the image has more than {MAX_PIXELS:,} pixels: crop one cell out of it") from error
+    except Exception as error:  # damaged files make decoders raise anything, TypeError and ZeroDivisionError included
+        reason = str(error) or type(error).__name__
+        raise ImageError(
+            f"the image is truncated or damaged ({reason}); save it again and give the whole file"
         ) from error
+
+
+def _decode_bytes(data: bytes, notes: list[str]) -> np.ndarray:
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        if data[:4] in TIFF_BEGINNINGS:
+            return _decode_tiff(data, notes)
+        raise
+    if image.format == "TIFF" and _is_deep_colour(image):
+        return _decode_tiff(data, notes)
+    return _array(image, notes)
 
 
 def _is_deep_colour(image: Image.Image) -> bool:
@@ -142,15 +158,14 @@ def _is_deep_colour(image: Image.Image) -> bool:
 
 
 def _decode_tiff(data: bytes, notes: list[str]) -> np.ndarray:
-    try:
-        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-            page = tiff.pages[0]
-            _check_size(page.imagelength, page.imagewidth)
-            if len(tiff.pages) > 1:
-                notes.append(f"the file has {len(tiff.pages)} frames: only the first was read")
-            array = page.asarray()
-    except (tifffile.TiffFileError, OSError, KeyError, IndexError, RuntimeError) as error:
-        raise ValueError(f"the TIFF cannot be read ({error}); save it again without compression") from error
+    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        page = tiff.pages[0]
+        _check_size(page.imagelength, page.imagewidth)
+        if page.size > 4 * MAX_PIXELS:
+            raise ImageError(f"the TIFF's first page has {page.size:,} values; give one image of at most four channels")
+        if len(tiff.pages) > 1:
+            notes.append(f"the file has {len(tiff.pages)} frames: only the first was read")
+        array = page.asarray()
     # Planar files keep the channels first.
     return np.moveaxis(array, 0, -1) if array.ndim == 3 and page.axes.startswith("S") else array
 
@@ -173,7 +188,7 @@ def _array(image: Image.Image, notes: list[str]) -> np.ndarray:
 
 def _check_size(rows: int, columns: int) -> None:
     if rows * columns > MAX_PIXELS:
-        raise ValueError(
+        raise ImageError(
             f"the image has {rows:,} x {columns:,} pixels, more than {MAX_PIXELS:,}: crop one cell out of it"
         )
 
@@ -181,21 +196,21 @@ def _check_size(rows: int, columns: int) -> None:
 def _one_channel(array: np.ndarray, notes: list[str]) -> np.ndarray:
     """Reduce (rows, columns[, channels]) to the channel that holds the fluorescence, as float32."""
     if array.dtype.kind not in "buif":
-        raise ValueError(f"pixels of type {array.dtype} cannot be read; give integers or floats")
+        raise ImageError(f"pixels of type {array.dtype} cannot be read; give integers or floats")
     if array.ndim not in (2, 3) or array.size == 0:
-        raise ValueError(
+        raise ImageError(
             f"an array of shape {array.shape} is no image; give (rows, columns) or (rows, columns, channels)"
         )
     _check_size(*array.shape[:2])
     full = np.iinfo(array.dtype).max if array.dtype.kind in "iu" else 1.0
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
-        raise ValueError("the image holds NaN or infinite values; replace them and give it again")
+        raise ImageError("the image holds NaN or infinite values; replace them and give it again")
     if array.ndim == 2:
         return array
     channels = array.shape[2]
     if channels not in (1, 2, 3, 4):
-        raise ValueError(f"the image has {channels} channels; give grey, grey with alpha, RGB or RGBA")
+        raise ImageError(f"the image has {channels} channels; give grey, grey with alpha, RGB or RGBA")
     if channels in (2, 4):
         alpha = array[..., -1:] / full
         if (alpha < 1).any():

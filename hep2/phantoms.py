@@ -165,7 +165,7 @@ STAINS = {
 
 
 def _scatter(nucleus: Nucleus, count: int, share: float, random: Random, *, apart: float) -> np.ndarray:
-    """Draw up to `count` places (places, 2) within `share` of the nucleus's radius and at least `apart` pixels apart."""
+    """Draw up to `count` places (places, 2) within `share` of the nucleus's radius, at least `apart` pixels apart."""
     places: list[np.ndarray] = []
     for _ in range(20 * count):
         angle, distance = random.uniform(0, 2 * np.pi), nucleus.radius * share * random.uniform(0, 1) ** 0.5

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hep2.imaging import Cell, ImageSource, load_cell
+from hep2.imaging import Cell, ImageError, ImageSource, load_cell
 from hep2.models import StackEnsemble, probabilities
 from hep2.patterns import CLASS_NAMES
 from hep2.weights import Weights
@@ -107,7 +107,7 @@ class Reader:
         for name, source in sources:
             try:
                 batch.append((name, load_cell(source)))
-            except (ValueError, OSError) as error:
+            except (ImageError, OSError) as error:
                 batch.append((name, Failure(name, str(error))))
             if len(batch) == BATCH:
                 yield from self._read_batch(batch)

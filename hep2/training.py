@@ -94,8 +94,10 @@ def fit(
     """
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint = directory / "checkpoint.pt"
+    # Under a constant rate the number of epochs changes no step: such a run can be made longer.
+    same_path = {"epochs"} if recipe.schedule == "constant" else set()
     identity = {
-        "recipe": asdict(recipe),
+        "recipe": {key: value for key, value in asdict(recipe).items() if key not in same_path},
         "seed": seed,
         "model": repr(model),
         "examples": [len(train.labels), len(validation.labels), int(train.labels.sum()), float(train.inputs.mean())],

@@ -97,6 +97,17 @@ def test_fit_of_a_finished_run_changes_nothing(phantoms, tmp_path):
     assert same_history == history
 
 
+def test_fit_under_a_constant_rate_can_be_made_longer(phantoms, tmp_path):
+    whole, _ = run(phantoms, tmp_path / "whole")
+    run(phantoms, tmp_path / "parts", replace(RECIPE, epochs=1))
+    longer, history = run(phantoms, tmp_path / "parts")
+    assert_same_weights(whole, longer)
+    assert len(history) == 3
+    run(phantoms, tmp_path / "cycle", replace(RECIPE, epochs=1, schedule="one-cycle"))
+    with pytest.raises(ValueError, match=r"another run \(another recipe\)"):
+        run(phantoms, tmp_path / "cycle", replace(RECIPE, schedule="one-cycle"))
+
+
 def test_fit_refuses_a_directory_of_another_run(phantoms, tmp_path):
     run(phantoms, tmp_path)
     with pytest.raises(ValueError, match="another run \\(another seed\\)"):
