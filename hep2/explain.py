@@ -1,0 +1,57 @@
+"""Where a model looked: maps over the cell, from the forward pass that gives the verdict."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hep2.models import CNN, ViT
+from hep2.patterns import IMAGE_SIZE
+
+
+@torch.inference_mode()
+def logits_and_maps(model: CNN | ViT, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits (batch, 6) and maps (batch, 78, 78) in [0, 1] of what spoke for each image's verdict.
+
+    For the convolutional models the map is the class activation of the verdict (Zhou et al. 2016), which adds up to
+    its logit exactly, as the head is linear in the average. For the ViT it is the attention rolled out over the layers
+    (Abnar and Zuidema 2020): how much of each patch the head reads, whatever the class.
+    """
+    if isinstance(model, ViT):
+        logits, coarse = _attention(model, images)
+    else:
+        features = model.forward_features(images)  # (batch, channels, 5, 5)
+        logits = model.forward_head(features)
+        weight = model.head.weight[logits.argmax(1)]  # (batch, channels)
+        coarse = torch.einsum("bc,bchw->bhw", weight, features).clamp(min=0)
+    # The 80 pixels that the first convolution makes of 78 are laid back on them by leaving out the rim.
+    side = IMAGE_SIZE + 2 if not isinstance(model, ViT) else IMAGE_SIZE
+    fine = F.interpolate(coarse[:, None], size=(side, side), mode="bicubic", align_corners=False)[:, 0]
+    rim = (side - IMAGE_SIZE) // 2
+    fine = fine[:, rim : rim + IMAGE_SIZE, rim : rim + IMAGE_SIZE].clamp(min=0)
+    return logits, fine / fine.amax((1, 2), keepdim=True).clamp(min=1e-9)
+
+
+def _attention(model: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
+    layers: list[Tensor] = []
+    # With the fused kernel off, timm's attention passes its weights (batch, heads, tokens, tokens) through this module.
+    handles = [
+        block.attn.attn_drop.register_forward_hook(lambda module, inputs, output: layers.append(output))
+        for block in model.blocks
+    ]
+    try:
+        tokens = model.forward_features(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    identity = torch.eye(tokens.shape[1])
+    rolled = identity.expand(len(images), -1, -1)
+    for weights in layers:
+        # Half of each token comes from itself, past the attention, by the skip connection.
+        rolled = (weights.mean(1) + identity) / 2 @ rolled
+    read = rolled[:, 0]
+    if model.config.pooling == "class token + mean":
+        read = read + rolled[:, 1:].mean(1)
+    side = IMAGE_SIZE // model.config.patch_size
+    coarse = read[:, 1:].reshape(-1, side, side)
+    # Every patch gets its even share by the skips: only what lies above the least says anything.
+    return model.forward_head(tokens), coarse - coarse.amin((1, 2), keepdim=True)

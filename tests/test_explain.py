@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from hep2.explain import logits_and_maps
+from hep2.models import build_model
+
+
+@pytest.mark.parametrize("name", ["cnn", "rescnn", "vit"])
+def test_logits_and_maps_gives_the_forward_pass_and_a_map_of_the_cell(name, phantoms):
+    torch.manual_seed(0)
+    model = build_model(name).eval()
+    logits, maps = logits_and_maps(model, phantoms.images[:3])
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, model(phantoms.images[:3]))
+    assert maps.shape == (3, 78, 78)
+    assert maps.min() >= 0
+    assert maps.amax((1, 2)).allclose(torch.ones(3)) or (maps == 0).all()
+    assert not model.training
+
+
+def test_class_activation_points_at_what_speaks_for_the_class():
+    # A model that sees brightness alone must point at the bright quarter.
+    model = build_model("cnn", {"widths": [1, 1, 1, 1]}).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("0.weight"):
+                parameter.zero_()
+                parameter[..., 1, 1] = 1
+        model.head.weight.copy_(torch.tensor([[5.0], [0], [0], [0], [0], [0]]))
+        model.head.bias.zero_()
+    image = torch.zeros(1, 1, 78, 78)
+    image[..., :30, 45:] = 1
+    _, maps = logits_and_maps(model, image)
+    assert maps[0, :30, 48:].mean() > 5 * maps[0, 45:, :30].mean()
+
+
+def test_attention_points_at_the_patch_that_the_class_token_attends_to():
+    torch.manual_seed(0)
+    model = build_model("vit", {"stem_widths": [], "pooling": "class token", "depth": 1, "heads": 1}).eval()
+    block = model.blocks[0]
+    with torch.no_grad():
+        # Queries are constant; keys follow one direction of the token, in which only one patch stands out.
+        block.attn.qkv.weight.zero_()
+        block.attn.qkv.bias.zero_()
+        block.attn.qkv.bias[0] = 50
+        block.attn.qkv.weight[128, 0] = 1
+        model.positions.normal_()
+        model.positions[..., 0] = 0
+        model.positions[0, 1 + 5 * 13 + 7, 0] = 30
+    _, maps = logits_and_maps(model, torch.zeros(1, 1, 78, 78))
+    row, column = divmod(int(maps[0].argmax()), 78)
+    assert (row // 6, column // 6) == (5, 7)
