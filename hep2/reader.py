@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hep2.explain import logits_and_maps
 from hep2.imaging import Cell, ImageError, ImageSource, load_cell
 from hep2.models import StackEnsemble, probabilities
 from hep2.patterns import CLASS_NAMES
@@ -76,14 +77,31 @@ def predict(weights: Weights, images: Tensor) -> dict[str, np.ndarray]:
 
 
 def _probabilities(weights: Weights, images: Tensor) -> dict[str, Tensor]:
-    # The stack takes the probabilities that its members have just given, and does not run them again.
-    members = tuple(name for name in weights.configs if name != "ensemble")
-    result = {name: probabilities(weights.models[name](images), weights.temperature(name)) for name in members}
+    single = (name for name in weights.models if name != "ensemble")
+    return _combined(weights, {name: weights.models[name](images) for name in single})
+
+
+@torch.inference_mode()
+def _combined(weights: Weights, logits: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn the single models' logits into calibrated probabilities of all."""
+    result = {name: probabilities(values, weights.temperature(name)) for name, values in logits.items()}
     if "ensemble" in weights.models:
+        # The stack takes the probabilities that its members have just given, and does not run them again.
         stacked = torch.cat([result[name] for name in StackEnsemble.member_names], dim=1)
-        logits = weights.models["ensemble"].linear(stacked)
-        result["ensemble"] = probabilities(logits, weights.temperature("ensemble"))
+        stacked = weights.models["ensemble"].linear(stacked)
+        result["ensemble"] = probabilities(stacked, weights.temperature("ensemble"))
     return result
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A reading and, for each model, a map (78, 78) in [0, 1] of what it looked at; see `hep2.explain`.
+
+    The ensemble has no eyes of its own: its map is the mean of its members'.
+    """
+
+    reading: Reading
+    maps: dict[str, np.ndarray]
 
 
 class Reader:
@@ -118,16 +136,37 @@ class Reader:
         """Read image files in order, each under the name it was given by."""
         return self.read((str(path), Path(path)) for path in paths)
 
+    def explain(self, name: str, source: ImageSource) -> Explanation:
+        """Read one image and say where each model looked, in one forward pass.
+
+        Raises what `hep2.imaging.load_cell` raises.
+        """
+        cell = load_cell(source)
+        image = torch.from_numpy(cell.pixels)[None]
+        looked = {
+            model: logits_and_maps(self.weights.models[model], image)
+            for model in self.weights.models
+            if model != "ensemble"
+        }
+        answers = _combined(self.weights, {model: logits for model, (logits, _) in looked.items()})
+        maps = {model: values[0].numpy() for model, (_, values) in looked.items()}
+        maps["ensemble"] = np.mean([maps[model] for model in StackEnsemble.member_names], axis=0)
+        reading = Reading(name, cell, {model: values[0].numpy() for model, values in answers.items()}, self._origin)
+        return Explanation(reading, maps)
+
+    @property
+    def _origin(self) -> dict[str, str]:
+        return {"source": self.weights.source, "revision": self.weights.revision}
+
     def _read_batch(self, batch: list[tuple[str, Cell | Failure]]) -> Iterator[Reading | Failure]:
         cells = [cell for _, cell in batch if isinstance(cell, Cell)]
         if cells:
             images = torch.from_numpy(np.stack([cell.pixels for cell in cells]))
             answers = predict(self.weights, images)
         position = 0
-        where = {"source": self.weights.source, "revision": self.weights.revision}
         for name, cell in batch:
             if isinstance(cell, Failure):
                 yield cell
                 continue
-            yield Reading(name, cell, {model: values[position] for model, values in answers.items()}, where)
+            yield Reading(name, cell, {model: values[position] for model, values in answers.items()}, self._origin)
             position += 1

@@ -61,3 +61,13 @@ def test_predict_does_not_depend_on_the_batch(reader, phantoms):
 def test_reader_needs_the_ensemble(untrained):
     with pytest.raises(ValueError, match="needs the ensemble"):
         Reader(load_weights(untrained, ("cnn",)))
+
+
+def test_explain_gives_the_reading_that_read_gives_and_a_map_of_each_model(reader):
+    cell = phantom_cell("Speckled", np.random.default_rng(0))
+    explanation = reader.explain("cell.png", cell)
+    assert explanation.reading.as_dict() == next(reader.read([("cell.png", cell)])).as_dict()
+    assert list(explanation.maps) == ["cnn", "rescnn", "vit", "ensemble"]
+    for values in explanation.maps.values():
+        assert values.shape == (78, 78)
+    np.testing.assert_allclose(explanation.maps["ensemble"], (explanation.maps["cnn"] + explanation.maps["vit"]) / 2)
