@@ -64,26 +64,21 @@ def _load_weights(folder: Path | None):
 
 def _classify(arguments: argparse.Namespace) -> int:
     from hep2.evaluation import MODEL_TITLES
-    from hep2.reader import Failure, Reader
+    from hep2.reader import Failure, Reader, csv_header, csv_row
 
     reader = Reader(_load_weights(arguments.weights))
     table = csv.writer(sys.stdout, lineterminator="\n")
     if arguments.csv:
-        columns = [f"{model}_{name}" for model in reader.weights.models for name in CLASS_NAMES]
-        table.writerow(["file", "verdict", "probability", "agreement", *columns, "warnings", "error"])
+        table.writerow(csv_header(reader.weights.models))
     failed = False
     for reading in reader.read_files(arguments.images):
-        answer = reading.as_dict()
         if isinstance(reading, Failure):
             failed = True
             print(f"hep2: {reading.file}: {reading.error}", file=sys.stderr)
         if arguments.json:
-            print(json.dumps(answer, ensure_ascii=False), flush=True)
+            print(json.dumps(reading.as_dict(), ensure_ascii=False), flush=True)
         elif arguments.csv:
-            models = answer.get("models", {name: {} for name in reader.weights.models})
-            values = [models[name].get(label, "") for name in reader.weights.models for label in CLASS_NAMES]
-            first = [answer.get(column, "") for column in ("file", "verdict", "probability", "agreement")]
-            table.writerow([*first, *values, "; ".join(answer.get("warnings", [])), answer.get("error", "")])
+            table.writerow(csv_row(reading, reader.weights.models))
         elif not isinstance(reading, Failure):
             print(f"{reading.file}: {reading.verdict} {reading.probability:.1%}, {reading.agreement} of 4 models agree")
             for name, values in reading.probabilities.items():

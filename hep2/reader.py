@@ -93,6 +93,21 @@ def _combined(weights: Weights, logits: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+def csv_header(models: Iterable[str]) -> list[str]:
+    """Name the columns of `csv_row`."""
+    probabilities = [f"{model}_{name}" for model in models for name in CLASS_NAMES]
+    return ["file", "verdict", "probability", "agreement", *probabilities, "warnings", "error"]
+
+
+def csv_row(answer: Reading | Failure, models: Iterable[str]) -> list:
+    """Give one answer as a line of a table; what a failure lacks is left empty."""
+    values = answer.as_dict()
+    first = [values.get(column, "") for column in ("file", "verdict", "probability", "agreement")]
+    models = values.get("models", {model: {} for model in models}).values()
+    numbers = [model.get(name, "") for model in models for name in CLASS_NAMES]
+    return [*first, *numbers, "; ".join(values.get("warnings", [])), values.get("error", "")]
+
+
 @dataclass(frozen=True)
 class Explanation:
     """A reading and, for each model, a map (78, 78) in [0, 1] of what it looked at; see `hep2.explain`.

@@ -1,0 +1,155 @@
+"""Readings and figures as fragments of HTML: pure functions from values to text, with every name escaped."""
+
+import base64
+import io
+from html import escape
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from hep2.evaluation import MODEL_TITLES
+from hep2.patterns import CLASS_NAMES, ICAP_URL, PATTERNS, SOURCE_RESULTS
+from hep2.reader import Explanation, Failure, Reading
+from hep2.weights import Weights
+
+COLOURS = {pattern.name: pattern.colour for pattern in PATTERNS}
+PREVIEW = 320  # largest side of a picture of an upload, in pixels
+
+
+def picture(values: np.ndarray) -> str:
+    """Encode an image (rows, columns[, 3]), floats in [0, 1], as a PNG in a data URI."""
+    file = io.BytesIO()
+    Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def preview(intensity: np.ndarray) -> np.ndarray:
+    """Scale an image (rows, columns) of any size and range for showing it; returns floats in [0, 1]."""
+    image = Image.fromarray(intensity)
+    image.thumbnail((PREVIEW, PREVIEW))
+    values = np.asarray(image, dtype=np.float32)
+    low, high = float(values.min()), float(values.max())
+    return (values - low) / max(high - low, 1e-9)
+
+
+def overlay(cell: np.ndarray, attention: np.ndarray) -> np.ndarray:
+    """Lay a map (78, 78) in [0, 1] over a cell (78, 78) in [0, 1]; returns (78, 78, 3) in [0, 1]."""
+    colour = matplotlib.colormaps["inferno"](attention)[..., :3]
+    return 0.45 * cell[..., None] + 0.55 * colour
+
+
+def verdict_html(explanation: Explanation, uploaded: np.ndarray, models: list[str], label: str = "") -> str:
+    """Show one reading: images, verdict, doubts, bars of the chosen models, maps, and what the pattern means."""
+    reading = explanation.reading
+    cell = reading.cell.pixels[0]
+    doubts = "".join(f"<li>{escape(doubt)}</li>" for doubt in doubts_of(reading))
+    truth = f'<p class="truth">{escape(label)}</p>' if label else ""
+    return f"""
+<section class="reading" aria-label="Reading of {escape(reading.file)}">
+  <div class="top">
+    <figure><img src="{picture(preview(uploaded))}" alt="The image as it was given, {uploaded.shape[0]} by
+      {uploaded.shape[1]} pixels"><figcaption>given</figcaption></figure>
+    <figure><img class="cell" src="{picture(cell)}" alt="The 78 by 78 pixels the models were given">
+      <figcaption>what the models see</figcaption></figure>
+    <div class="verdict" aria-live="polite">
+      <p class="file">{escape(reading.file)}</p>
+      <p class="name"><span class="dot" style="background:{COLOURS[reading.verdict]}"></span>{reading.verdict}</p>
+      <p>{reading.probability:.1%} by the stack ensemble<br>{reading.agreement} of 4 models agree</p>
+      {truth}
+    </div>
+  </div>
+  <ul class="doubts">{doubts}</ul>
+  <div class="models">{"".join(_bars(reading, name) for name in models)}</div>
+  <details><summary>Where did each model look?</summary>
+    <div class="models">{"".join(_map(explanation, name) for name in models)}</div>
+    <p class="small">CNN and ResCNN: what spoke for their class (class activation). ViT: the patches it read (attention
+    over all layers). Stack ensemble: the mean of CNN and ViT. Bright is much, dark is little.</p>
+  </details>
+  {meaning_html(reading.verdict)}
+</section>"""
+
+
+def doubts_of(reading: Reading) -> list[str]:
+    """Say in words what speaks against trusting a verdict."""
+    doubts = list(reading.cell.warnings)
+    others = {MODEL_TITLES[n]: CLASS_NAMES[int(p.argmax())] for n, p in reading.probabilities.items()}
+    dissent = [f"{title} says {name}" for title, name in others.items() if name != reading.verdict]
+    if dissent:
+        doubts.append("The models disagree: " + ", ".join(dissent) + ".")
+    if reading.probability < 0.7:
+        doubts.append(f"Low confidence: the verdict has {reading.probability:.0%}.")
+    return doubts
+
+
+def meaning_html(verdict: str) -> str:
+    """Say what a pattern points to, and that this is no diagnosis."""
+    pattern = next(pattern for pattern in PATTERNS if pattern.name == verdict)
+    return f"""<dl class="meaning">
+  <div><dt>ICAP family</dt><dd>{", ".join(pattern.families)}</dd></div>
+  <div><dt>Typical antigens</dt><dd>{escape(pattern.antigens)}</dd></div>
+  <div><dt>Associations</dt><dd>{escape(pattern.associations)}</dd></div>
+</dl>
+<p class="small">After the <a href="{ICAP_URL}" target="_blank" rel="noopener">International Consensus on ANA
+Patterns</a>; the mapping from class to family is ours. A pattern is not a diagnosis. Not for clinical use.</p>"""
+
+
+def failure_html(failure: Failure) -> str:
+    """Show why an image could not be read."""
+    return f"""<section class="reading failed" role="alert"><p class="file">{escape(failure.file)}</p>
+<p class="name">This image could not be read</p><p>{escape(failure.error)}</p></section>"""
+
+
+def counts_html(readings: list[Reading | Failure]) -> str:
+    """Draw how many cells got each verdict."""
+    verdicts = [reading.verdict for reading in readings if isinstance(reading, Reading)]
+    most = max([verdicts.count(name) for name in CLASS_NAMES] + [1])
+    rows = "".join(
+        _bar(name, verdicts.count(name) / most, str(verdicts.count(name)), COLOURS[name]) for name in CLASS_NAMES
+    )
+    failed = len(readings) - len(verdicts)
+    tail = f'<p class="small">{failed} could not be read: see the table.</p>' if failed else ""
+    return f'<section class="reading"><h3>{len(verdicts)} cells</h3><ul class="bars">{rows}</ul>{tail}</section>'
+
+
+def models_html(weights: Weights) -> str:
+    """Show what the models were trained on and how they did, beside the source's figures."""
+    results = weights.metrics.get("models", {})
+    head = "".join(f"<th>{column}</th>" for column in ("accuracy", "mean class accuracy", "macro F1", "ECE"))
+    rows = ""
+    for name, title in MODEL_TITLES.items():
+        if name in results:
+            result = results[name]
+            values = (result["accuracy"], result["mean_class_accuracy"], result["macro_f1"], result["ece"])
+            cells = "".join(f"<td>{value:.4f}</td>" for value in values)
+            rows += f"<tr><th>{title}</th>{cells}</tr>"
+        source = SOURCE_RESULTS[name]
+        rows += (
+            f'<tr class="source"><th>the source\'s {title}</th><td>{source["accuracy"]:.2f}</td>'
+            f"<td>{source['macro_recall']:.2f}</td><td>{source['macro_f1']:.2f}</td><td></td></tr>"
+        )
+    training, size = weights.configs["ensemble"]["training"], weights.metrics.get("test_size", "no")
+    return f"""<section class="reading"><h3>Measured on test cells they never saw</h3>
+<p>Protocol {escape(training["protocol"])}, seed {training["seed"]}, {size} test cells. Weights:
+{escape(weights.source)}, revision <code>{escape(weights.revision)}</code>.</p>
+<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"""
+
+
+def _bars(reading: Reading, name: str) -> str:
+    rows = "".join(
+        _bar(label, float(p), f"{p:.1%}", COLOURS[label])
+        for label, p in zip(CLASS_NAMES, reading.probabilities[name], strict=True)
+    )
+    return f'<div><h3>{MODEL_TITLES[name]}</h3><ul class="bars">{rows}</ul></div>'
+
+
+def _bar(label: str, share: float, value: str, colour: str) -> str:
+    filled = f'<span style="width:{share:.2%};background:{colour}"></span>'
+    return f'<li><span>{label}</span><span class="value">{value}</span><span class="track">{filled}</span></li>'
+
+
+def _map(explanation: Explanation, name: str) -> str:
+    cell, title = explanation.reading.cell.pixels[0], MODEL_TITLES[name]
+    source = picture(overlay(cell, explanation.maps[name]))
+    image = f'<img class="cell" src="{source}" alt="Map of what {title} looked at">'
+    return f"<figure>{image}<figcaption>{title}</figcaption></figure>"
