@@ -3,7 +3,7 @@
 import csv
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ DEFAULT_DATASET = "Genius-Society/HEp2"
 PROTOCOLS = ("paper", "clean", "specimen")
 FOLDS = 4
 PHANTOMS_A_CLASS = 100
+PUBLISHED_FINGERPRINT = "bb1b8e10df659a5b"  # of all 13,596 cells of the default dataset, wherever a copy lies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +91,12 @@ def load_cells(dataset: str | Path = DEFAULT_DATASET) -> Cells:
     rows = rows.cast_column("image", datasets.Image(decode=False))
     # Parquet files hold the bytes; a folder of images holds paths.
     images = ((row["image"], published[row["label"]]) for row in rows)
-    return cells_from_files(
+    cells = cells_from_files(
         ((Path(image["path"]).name, image["bytes"] or image["path"], label) for image, label in images),
         source=str(dataset),
     )
+    # Where a copy lies says nothing of what it is.
+    return replace(cells, source=DEFAULT_DATASET) if cells.fingerprint == PUBLISHED_FINGERPRINT else cells
 
 
 def cells_from_files(files: Iterable[tuple[str, ImageSource, str]], source: str) -> Cells:

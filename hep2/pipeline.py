@@ -192,7 +192,7 @@ def evaluate_weights(
         "test_size": len(test),
         "dataset": cells.source,
         "dataset_fingerprint": cells.fingerprint,
-        "weights": {"source": weights.source, "revision": weights.revision},
+        "revision": weights.revision,
         "models": {name: metrics(values, labels) for name, values in answers.items()},
     }
     output.mkdir(parents=True, exist_ok=True)

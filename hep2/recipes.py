@@ -50,8 +50,10 @@ RECIPES = {
     },
 }
 
-# Where the source says nothing of an architecture, both recipes share ours; its ViT has no convolutional stem.
+# Where the source says nothing of an architecture, both recipes share ours. Its ViT has no convolutional stem, and
+# patches of 13 let two cores run that recipe to its end: 57,102 examples an epoch cost a quarter of those of 6.
+_PLAIN_VIT = {"patch_size": 13, "stem_widths": [], "pooling": "class token", "stochastic_depth": 0.0}
 ARCHITECTURES = {
-    "paper": {"cnn": {}, "rescnn": {}, "vit": {"stem_widths": [], "pooling": "class token", "stochastic_depth": 0.0}},
+    "paper": {"cnn": {}, "rescnn": {}, "vit": _PLAIN_VIT},
     "tuned": {"cnn": {}, "rescnn": {}, "vit": {}},
 }

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from hep2.data import split, unique_cells
+from hep2.data import DEFAULT_DATASET, split, unique_cells
 from hep2.evaluation import metrics
 from hep2.patterns import CELLS_IN_DATASET, CLASS_NAMES
 from hep2.pipeline import check_unseen
@@ -20,6 +20,7 @@ def contents(cells, positions) -> set[str]:
 
 def test_dataset_is_the_published_one_with_its_194_duplicates(real_cells):
     assert len(real_cells) == CELLS_IN_DATASET
+    assert real_cells.source == DEFAULT_DATASET
     assert real_cells.labels.bincount().tolist() == [2741, 724, 2494, 2208, 2598, 2831]
     repeated = sorted(set(range(CELLS_IN_DATASET)) - set(unique_cells(real_cells)))
     assert [real_cells.names[position] for position in repeated] == [f"{number}.png" for number in range(11199, 11393)]
