@@ -1,4 +1,5 @@
 """Reading HEp-2 cells: four models, their training and their verdict. The modules build on each other in this order:
 
-patterns, imaging, phantoms, data; augmentation, models, training, recipes; evaluation, weights, reader, pipeline.
+patterns, imaging, phantoms, data; augmentation, models, training, recipes;
+evaluation, weights, explain, reader, pipeline, views.
 """

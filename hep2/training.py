@@ -93,79 +93,102 @@ def fit(
         If the loss is no longer finite.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    checkpoint = directory / "checkpoint.pt"
-    # Under a constant rate the number of epochs changes no step: such a run can be made longer.
-    same_path = {"epochs"} if recipe.schedule == "constant" else set()
-    identity = {
-        "recipe": {key: value for key, value in asdict(recipe).items() if key not in same_path},
-        "seed": seed,
-        "model": repr(model),
-        "examples": [len(train.labels), len(validation.labels), int(train.labels.sum()), float(train.inputs.mean())],
-        "processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-    }
-    # Convolutions run about a third faster with the channels last, on CPUs and GPUs alike.
-    model.to(accelerator.device, memory_format=torch.channels_last)
-    train, validation = (Examples(*(part.to(accelerator.device) for part in p)) for p in (train, validation))
-    averaged = None
-    if recipe.ema_decay is not None:
-        averaged = AveragedModel(model, avg_fn=_moving_average(recipe.ema_decay), use_buffers=True)
-    weights = _class_weights(train.labels) if recipe.class_balance == "weights" else None
-    wrapped, optimizer = accelerator.prepare(model, _optimizer(model, recipe))
-    state = {"epoch": 0, "history": [], "best_loss": float("inf"), "best_epoch": 0, "best": None}
-    if checkpoint.exists():
-        state = _restore(checkpoint, identity, model, averaged, optimizer)
-    steps_per_epoch = len(_batches(train, recipe, _generator(seed, 0)))
+    run = _Run(model, train, validation, recipe, directory, seed, accelerator)
+    size = _examples_per_epoch(train, recipe)
     bar = tqdm(
-        total=recipe.epochs * _examples_per_epoch(train, recipe),
-        initial=state["epoch"] * _examples_per_epoch(train, recipe),
+        total=recipe.epochs * size,
+        initial=run.state["epoch"] * size,
         unit="image",
         unit_scale=True,
         desc=directory.name,
         disable=not (progress and accelerator.is_main_process),
     )
-    while state["epoch"] < recipe.epochs and not _is_stale(state, recipe):
-        epoch = state["epoch"]
+    with bar:
+        while run.state["epoch"] < recipe.epochs and not run.is_stale():
+            run.train_epoch(bar)
+            run.save()
+    run.finish()
+    return run.state["history"]
+
+
+class _Run:
+    """A run between two of its checkpoints. `state` is what a checkpoint carries besides the tensors in use."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Examples,
+        validation: Examples,
+        recipe: Recipe,
+        directory: Path,
+        seed: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self.identity = _identity(model, train, validation, recipe, seed, accelerator)
+        self.recipe, self.directory, self.seed, self.accelerator = recipe, directory, seed, accelerator
+        # Convolutions run about a third faster with the channels last, on CPUs and GPUs alike.
+        self.model = model.to(accelerator.device, memory_format=torch.channels_last)
+        self.train, self.validation = (
+            Examples(*(part.to(accelerator.device) for part in examples)) for examples in (train, validation)
+        )
+        self.class_weights = _class_weights(self.train.labels) if recipe.class_balance == "weights" else None
+        self.averaged = None
+        if recipe.ema_decay is not None:
+            self.averaged = AveragedModel(model, avg_fn=_moving_average(recipe.ema_decay), use_buffers=True)
+        # Accelerate wraps the forward pass for mixed precision and for several processes.
+        self.wrapped, self.optimizer = accelerator.prepare(model, _optimizer(model, recipe))
+        self.state = {"epoch": 0, "history": [], "best_loss": float("inf"), "best_epoch": 0, "best": None}
+        self.restore()
+
+    def train_epoch(self, bar: tqdm) -> None:
         started = time.perf_counter()
-        order = _generator(seed, epoch)  # the same in all processes
-        own = _generator(seed, epoch, 1 + accelerator.process_index)
+        epoch, accelerator = self.state["epoch"], self.accelerator
+        order = _generator(self.seed, epoch)  # the same in all processes
+        own = _generator(self.seed, epoch, 1 + accelerator.process_index)
         torch.manual_seed(int(torch.randint(2**31, (), generator=own)))  # for stochastic depth
-        model.train()
+        self.model.train()
         totals = torch.zeros(3, dtype=torch.float64)  # loss, right, examples
-        for step, batch in enumerate(_batches(train, recipe, order)):
+        batches = _batches(self.train, self.recipe, order)
+        for step, batch in enumerate(batches):
+            rate = _learning_rate(self.recipe, (epoch * len(batches) + step) / (self.recipe.epochs * len(batches)))
             share = batch[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
-            rate = recipe.learning_rate * _schedule(
-                recipe, (epoch * steps_per_epoch + step) / (recipe.epochs * steps_per_epoch)
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            inputs, labels = _augmented(train, share, recipe, own)
-            targets = F.one_hot(labels, int(train.labels.max()) + 1).float()
-            if recipe.cutmix and torch.rand((), generator=own) < recipe.cutmix:
-                inputs, targets = cutmix(inputs, targets, own)
-            with accelerator.autocast():
-                logits = wrapped(inputs)
-            loss = F.cross_entropy(logits.float(), targets, weight=weights, label_smoothing=recipe.label_smoothing)
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            if recipe.gradient_norm is not None:
-                accelerator.clip_grad_norm_(wrapped.parameters(), recipe.gradient_norm)
-            optimizer.step()
-            if averaged is not None:
-                averaged.update_parameters(model)
-            right = (logits.argmax(1) == labels).sum()
-            totals += torch.tensor([loss.item() * len(share), right.item(), len(share)], dtype=torch.float64)
+            totals += self.step(share, rate, own)
             if not math.isfinite(totals[0]):
-                raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch + 1}: lower the learning rate")
+                raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: lower the learning rate")
             bar.update(len(batch))
             bar.set_postfix(epoch=epoch + 1, loss=f"{totals[0] / totals[2]:.3f}", refresh=False)
         totals = accelerator.reduce(totals.to(accelerator.device, torch.float32))
-        seconds = time.perf_counter() - started
-        kept = averaged.module if averaged is not None else model
-        loss, accuracy = broadcast(torch.stack(loss_and_accuracy(kept, validation))).tolist()
-        state["history"].append(
+        self.record(totals, rate, time.perf_counter() - started)
+
+    def step(self, share: Tensor, rate: float, generator: Generator) -> Tensor:
+        """Take one step on the examples at the positions `share`; returns their summed loss, right ones and count."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        inputs, labels = _augmented(self.train, share, self.recipe, generator)
+        targets = F.one_hot(labels, int(self.train.labels.max()) + 1).float()
+        if self.recipe.cutmix and torch.rand((), generator=generator) < self.recipe.cutmix:
+            inputs, targets = cutmix(inputs, targets, generator)
+        logits = self.wrapped(inputs).float()
+        smoothing = self.recipe.label_smoothing
+        loss = F.cross_entropy(logits, targets, weight=self.class_weights, label_smoothing=smoothing)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        if self.recipe.gradient_norm is not None:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.recipe.gradient_norm)
+        self.optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+        right = (logits.argmax(1) == labels).sum()
+        return torch.tensor([loss.item() * len(share), right.item(), len(share)], dtype=torch.float64)
+
+    def record(self, totals: Tensor, rate: float, seconds: float) -> None:
+        """Measure the weights that would be kept, and note the epoch."""
+        kept = self.model if self.averaged is None else self.averaged.module
+        loss, accuracy = broadcast(torch.stack(loss_and_accuracy(kept, self.validation))).tolist()
+        self.state["epoch"] += 1
+        self.state["history"].append(
             {
-                "epoch": epoch + 1,
+                "epoch": self.state["epoch"],
                 "train_loss": round((totals[0] / totals[2]).item(), 5),
                 "train_accuracy": round((totals[1] / totals[2]).item(), 5),
                 "validation_loss": round(loss, 5),
@@ -175,27 +198,68 @@ def fit(
                 "seconds": round(seconds, 2),
             }
         )
-        state["epoch"] += 1
-        if recipe.patience is not None and loss < state["best_loss"] - recipe.min_delta:
-            state |= {"best_loss": loss, "best_epoch": epoch + 1, "best": _copy(model.state_dict())}
-        if accelerator.is_main_process:
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "identity": identity}
-            state["averaged"] = averaged.state_dict() if averaged is not None else None
+        if self.recipe.patience is not None and loss < self.state["best_loss"] - self.recipe.min_delta:
+            best = {name: tensor.detach().clone() for name, tensor in kept.state_dict().items()}
+            self.state |= {"best_loss": loss, "best_epoch": self.state["epoch"], "best": best}
+
+    def is_stale(self) -> bool:
+        patience = self.recipe.patience
+        return patience is not None and self.state["epoch"] - self.state["best_epoch"] >= patience
+
+    def save(self) -> None:
+        if self.accelerator.is_main_process:
             content = io.BytesIO()
-            torch.save(state, content)
-            write_atomically(checkpoint, content.getvalue())
-            lines = "".join(json.dumps(record) + "\n" for record in state["history"])
-            write_atomically(directory / "log.jsonl", lines.encode())
-        accelerator.wait_for_everyone()
-    bar.close()
-    # Accelerate wrapped the forward pass for mixed precision; what is read from here on is read at full precision.
-    model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    if averaged is not None:
-        model.load_state_dict(averaged.module.state_dict())
-    elif state["best"] is not None:
-        model.load_state_dict(state["best"])
-    model.eval()
-    return state["history"]
+            tensors = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            }
+            torch.save(self.state | tensors | {"identity": self.identity}, content)
+            write_atomically(self.directory / "checkpoint.pt", content.getvalue())
+            lines = "".join(json.dumps(record) + "\n" for record in self.state["history"])
+            write_atomically(self.directory / "log.jsonl", lines.encode())
+        self.accelerator.wait_for_everyone()
+
+    def restore(self) -> None:
+        path = self.directory / "checkpoint.pt"
+        if not path.exists():
+            return
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        if saved["identity"] != self.identity:
+            changed = [key for key in self.identity if saved["identity"].get(key) != self.identity[key]]
+            raise ValueError(
+                f"{path} belongs to another run (another {', '.join(changed)}); give another --output, or delete it"
+            )
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(saved["averaged"])
+        self.state = {key: saved[key] for key in self.state}
+
+    def finish(self) -> None:
+        """Leave the weights to keep in the model, unwrapped and in evaluation mode: it reads at full precision now."""
+        model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        if self.state["best"] is not None:
+            model.load_state_dict(self.state["best"])
+        elif self.averaged is not None:
+            model.load_state_dict(self.averaged.module.state_dict())
+        model.eval()
+
+
+def _identity(
+    model: nn.Module, train: Examples, validation: Examples, recipe: Recipe, seed: int, accelerator: Accelerator
+) -> dict:
+    """Return what must be the same for a run to go on: all that decides its steps."""
+    # Under a constant rate the number of epochs changes no step: such a run can be made longer.
+    same_path = {"epochs"} if recipe.schedule == "constant" else set()
+    return {
+        "recipe": {key: value for key, value in asdict(recipe).items() if key not in same_path},
+        "seed": seed,
+        "model": repr(model),
+        "examples": [len(train.labels), len(validation.labels), int(train.labels.sum()), float(train.inputs.mean())],
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }
 
 
 @torch.inference_mode()
@@ -285,13 +349,14 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW([group for group in groups if group["params"]], recipe.learning_rate)
 
 
-def _schedule(recipe: Recipe, progress: float) -> float:
-    """Return the factor on the learning rate at `progress` in [0, 1) through the run."""
+def _learning_rate(recipe: Recipe, progress: float) -> float:
+    """Return the learning rate at `progress` in [0, 1) through the run."""
     if recipe.schedule == "constant":
-        return 1.0
+        return recipe.learning_rate
     if progress < recipe.warm_up:
-        return 0.02 + 0.98 * progress / recipe.warm_up
-    return 0.5 * (1 + math.cos(math.pi * (progress - recipe.warm_up) / (1 - recipe.warm_up)))
+        return recipe.learning_rate * (0.02 + 0.98 * progress / recipe.warm_up)
+    descent = (progress - recipe.warm_up) / (1 - recipe.warm_up)
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * descent))
 
 
 def _moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
@@ -303,27 +368,5 @@ def _moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Te
     return average
 
 
-def _is_stale(state: dict, recipe: Recipe) -> bool:
-    return recipe.patience is not None and state["epoch"] - state["best_epoch"] >= recipe.patience
-
-
 def _generator(*key: int) -> Generator:
     return Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
-
-def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
-
-
-def _restore(checkpoint: Path, identity: dict, model: nn.Module, averaged, optimizer) -> dict:
-    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
-    if state["identity"] != identity:
-        changed = [key for key in identity if state["identity"].get(key) != identity[key]]
-        raise ValueError(
-            f"{checkpoint} belongs to another run (another {', '.join(changed)}); give another --output, or delete it"
-        )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if averaged is not None:
-        averaged.load_state_dict(state["averaged"])
-    return state
