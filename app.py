@@ -8,11 +8,11 @@ from pathlib import Path
 import gradio as gr
 
 from hep2.evaluation import MODEL_TITLES
+from hep2.hub import open_weights
 from hep2.imaging import ImageError, read_intensity
 from hep2.patterns import CLASS_NAMES
 from hep2.reader import Failure, Reader, csv_header, csv_row
 from hep2.views import counts_html, doubts_of, failure_html, models_html, verdict_html
-from hep2.weights import BUNDLED, load_weights
 
 EXAMPLES = Path(__file__).with_name("examples")
 TITLE = "HEp-2 cells: four models and a verdict"
@@ -204,11 +204,16 @@ def build(page: Page) -> gr.Blocks:
 def main(argv: list[str] | None = None) -> None:
     """Load the weights and serve the page."""
     parser = argparse.ArgumentParser(description="The page and API that read HEp-2 cells. Not for clinical use.")
-    parser.add_argument("--weights", type=Path, default=os.environ.get("HEP2_WEIGHTS", BUNDLED), metavar="DIR")
+    parser.add_argument(
+        "--weights",
+        default=os.environ.get("HEP2_WEIGHTS"),
+        metavar="NAME",
+        help="OWNER/NAME[@revision] on the Hub or a folder (default: HEP2_WEIGHTS, else the bundled ones)",
+    )
     parser.add_argument("--host", default=None, help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=None)
     arguments = parser.parse_args(argv)
-    blocks = build(Page(Reader(load_weights(arguments.weights))))
+    blocks = build(Page(Reader(open_weights(arguments.weights))))
     blocks.queue(max_size=QUEUE)
     blocks.launch(
         server_name=arguments.host,

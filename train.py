@@ -4,15 +4,18 @@ Killed at any moment and started again with the same command, it goes on behind 
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from hep2.data import DEFAULT_DATASET, PROTOCOLS, load_cells
+from hep2 import __version__
+from hep2.data import DEFAULT_DATASET, PROTOCOLS, Cells, load_cells
 from hep2.evaluation import comparison_table
+from hep2.hub import push, stage
 from hep2.models import MODELS
-from hep2.pipeline import evaluate_weights, train_models
+from hep2.pipeline import evaluate_weights, held_out_examples, train_models
 from hep2.recipes import RECIPES
 from hep2.weights import load_weights
 
@@ -32,6 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     how.add_argument("--seed", type=int, default=0, help="of the split, the first weights and every epoch")
     how.add_argument("--mixed-precision", choices=("no", "bf16"), default="bf16", help="bf16 halves the time")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="weights, logs, curves, figures")
+    journey = parser.add_argument_group("to the Hub")
+    journey.add_argument("--push", metavar="OWNER/NAME", help="send the finished run there, with held-out examples")
+    journey.add_argument("--private", action="store_true", help="make the repository private, if it is new")
+    journey.add_argument("--dry-run", action="store_true", help="with --push: only stage what would go, and list it")
     arguments = parser.parse_args(argv)
     changes = {"epochs": arguments.epochs, "batch_size": arguments.batch_size}
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
@@ -51,12 +58,28 @@ def main(argv: list[str] | None = None) -> int:
         if accelerator.is_main_process:
             weights = load_weights(arguments.output, tuple(arguments.models))
             print(comparison_table(evaluate_weights(weights, cells, arguments.output)["models"]))
+            if arguments.push:
+                _push(arguments, cells)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     finally:
         accelerator.end_training()
     return 0
+
+
+def _push(arguments: argparse.Namespace, cells: Cells) -> None:
+    examples = held_out_examples(load_weights(arguments.output), cells, arguments.dataset)
+    if arguments.dry_run:
+        staged = arguments.output / "staged"
+        shutil.rmtree(staged, ignore_errors=True)
+        stage(arguments.output, staged, arguments.push, examples)
+        for path in sorted(path for path in staged.rglob("*") if path.is_file()):
+            print(f"{path.stat().st_size:10,}  {path.relative_to(staged)}")
+        print(f"this would go to {arguments.push} in one commit, tagged v{__version__}; it lies in {staged}")
+        return
+    commit = push(arguments.output, arguments.push, version=__version__, private=arguments.private, examples=examples)
+    print(f"pushed to {arguments.push}, commit {commit}, tag v{__version__}")
 
 
 if __name__ == "__main__":

@@ -3,3 +3,5 @@
 patterns, imaging, phantoms, data; augmentation, models, training, recipes;
 evaluation, weights, explain, reader, pipeline, views.
 """
+
+__version__ = "0.1.0"

@@ -3,12 +3,17 @@
 import argparse
 import csv
 import json
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from hep2.patterns import CLASS_NAMES
+
+if TYPE_CHECKING:
+    from hep2.weights import Weights
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,21 +57,29 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="a folder of weights (default: the bundled ones)")
+    parser.add_argument(
+        "--weights",
+        default=os.environ.get("HEP2_WEIGHTS"),
+        metavar="NAME",
+        help="OWNER/NAME[@revision] on the Hub or a folder (default: HEP2_WEIGHTS, else the bundled ones)",
+    )
 
 
-def _load_weights(folder: Path | None):
+def _open_weights(name: str | None) -> "Weights":
     # PyTorch takes seconds to import: help and wrong arguments need not wait for it.
-    from hep2.weights import BUNDLED, load_weights
+    from hep2.hub import open_weights
 
-    return load_weights(BUNDLED if folder is None else folder)
+    weights = open_weights(name)
+    for note in weights.notes:
+        print(f"hep2: {note}", file=sys.stderr)
+    return weights
 
 
 def _classify(arguments: argparse.Namespace) -> int:
     from hep2.evaluation import MODEL_TITLES
     from hep2.reader import Failure, Reader, csv_header, csv_row
 
-    reader = Reader(_load_weights(arguments.weights))
+    reader = Reader(_open_weights(arguments.weights))
     table = csv.writer(sys.stdout, lineterminator="\n")
     if arguments.csv:
         table.writerow(csv_header(reader.weights.models))
@@ -94,7 +107,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from hep2.evaluation import class_report, comparison_table
     from hep2.pipeline import evaluate_weights
 
-    weights = _load_weights(arguments.weights)
+    weights = _open_weights(arguments.weights)
     result = evaluate_weights(
         weights,
         load_cells(arguments.dataset),

@@ -2,7 +2,7 @@
 
 import csv
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -68,11 +68,19 @@ def load_cells(dataset: str | Path = DEFAULT_DATASET) -> Cells:
     ValueError
         If its columns or class names are not those of the HEp-2 dataset, or an image cannot be read.
     """
+    cells = cells_from_files(dataset_files(dataset), source=str(dataset))
+    # Where a copy lies says nothing of what it is.
+    return replace(cells, source=DEFAULT_DATASET) if cells.fingerprint == PUBLISHED_FINGERPRINT else cells
+
+
+def dataset_files(dataset: str | Path) -> Iterator[tuple[str, ImageSource, str]]:
+    """Yield (file name, image, class name) of all cells of a dataset. Takes and raises what `load_cells` does."""
     name, _, count = str(dataset).partition(":")
     if name == "phantoms":
         if count and not count.isdecimal():
             raise ValueError(f"{dataset!r}: give 'phantoms' or 'phantoms:COUNT', a count of cells for each pattern")
-        return cells_from_files(phantom_files(int(count or PHANTOMS_A_CLASS)), source=str(dataset))
+        yield from phantom_files(int(count or PHANTOMS_A_CLASS))
+        return
     import datasets  # slow to import, and idle when phantoms are enough
 
     try:
@@ -88,15 +96,10 @@ def load_cells(dataset: str | Path = DEFAULT_DATASET) -> Cells:
     published = rows.features["label"].names
     if sorted(published) != sorted(CLASS_NAMES):
         raise ValueError(f"dataset {str(dataset)!r} has the classes {published}; expected {list(CLASS_NAMES)}")
-    rows = rows.cast_column("image", datasets.Image(decode=False))
-    # Parquet files hold the bytes; a folder of images holds paths.
-    images = ((row["image"], published[row["label"]]) for row in rows)
-    cells = cells_from_files(
-        ((Path(image["path"]).name, image["bytes"] or image["path"], label) for image, label in images),
-        source=str(dataset),
-    )
-    # Where a copy lies says nothing of what it is.
-    return replace(cells, source=DEFAULT_DATASET) if cells.fingerprint == PUBLISHED_FINGERPRINT else cells
+    for row in rows.cast_column("image", datasets.Image(decode=False)):
+        # Parquet files hold the bytes; a folder of images holds paths.
+        image = row["image"]
+        yield Path(image["path"]).name, image["bytes"] or image["path"], published[row["label"]]
 
 
 def cells_from_files(files: Iterable[tuple[str, ImageSource, str]], source: str) -> Cells:

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from hep2.data import Cells, Split, split
+from hep2.data import Cells, Split, dataset_files, split
 from hep2.evaluation import (
     MODEL_TITLES,
     draw_confusion,
@@ -21,6 +22,7 @@ from hep2.evaluation import (
     metrics,
     save_figure,
 )
+from hep2.imaging import read_intensity
 from hep2.models import MODELS, StackEnsemble, build_model
 from hep2.patterns import CLASS_NAMES
 from hep2.reader import predict
@@ -205,6 +207,25 @@ def evaluate_weights(
         save_figure(draw_confusion(result["models"][name], title), output / f"confusion_{name}.png")
         save_figure(draw_reliability(values, labels, MODEL_TITLES[name]), output / f"reliability_{name}.png")
     return result
+
+
+def held_out_examples(
+    weights: Weights, cells: Cells, dataset: str | Path, per_class: int = 5
+) -> dict[str, tuple[str, bytes]]:
+    """Draw cells of each class from the test part of the weights' own split: file name to class name and PNG bytes."""
+    trained = weights.configs["ensemble"]["training"]
+    test = split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0).test
+    random = np.random.default_rng(trained["seed"])
+    chosen = [random.permutation(test[cells.labels.numpy()[test] == label])[:per_class] for label in range(6)]
+    names = {cells.names[position] for positions in chosen for position in positions}
+    examples = {}
+    for name, source, label in dataset_files(dataset):
+        if name in names:
+            intensity, _ = read_intensity(source)
+            file = io.BytesIO()
+            Image.fromarray(intensity.astype(np.uint16 if intensity.max() > 255 else np.uint8)).save(file, "PNG")
+            examples[name] = (label, file.getvalue())
+    return examples
 
 
 def check_unseen(weights: Weights, cells: Cells, test: np.ndarray) -> None:

@@ -131,7 +131,7 @@ def models_html(weights: Weights) -> str:
     training, size = weights.configs["ensemble"]["training"], weights.metrics.get("test_size", "no")
     return f"""<section class="reading"><h3>Measured on test cells they never saw</h3>
 <p>Protocol {escape(training["protocol"])}, seed {training["seed"]}, {size} test cells. Weights:
-{escape(weights.source)}, revision <code>{escape(weights.revision)}</code>.</p>
+{escape(weights.source)}, revision <code>{escape(weights.revision)}</code>. {escape(" ".join(weights.notes))}</p>
 <div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"""
 
 

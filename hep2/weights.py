@@ -37,6 +37,7 @@ class Weights:
     metrics: dict
     source: str
     revision: str
+    notes: tuple[str, ...] = ()  # what was odd about getting them, in words
 
     def temperature(self, name: str) -> float:
         return self.configs[name]["calibration"]["temperature"]
@@ -74,7 +75,12 @@ def save_model(
 
 
 def load_weights(
-    folder: Path | str = BUNDLED, names: tuple[str, ...] = tuple(MODELS), source: str | None = None
+    folder: Path | str = BUNDLED,
+    names: tuple[str, ...] = tuple(MODELS),
+    *,
+    source: str | None = None,
+    revision: str | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Weights:
     """Load the named models strictly, and with the ensemble its members.
 
@@ -114,7 +120,9 @@ def load_weights(
         configs=configs,
         metrics=read_json(metrics_path) if metrics_path.exists() else {},
         source=source or ("bundled" if folder == BUNDLED else str(folder)),
-        revision=hashlib.sha256("".join(_digest(folder / name) for name in models).encode()).hexdigest()[:12],
+        revision=revision
+        or hashlib.sha256("".join(_digest(folder / name) for name in models).encode()).hexdigest()[:12],
+        notes=notes,
     )
 
 

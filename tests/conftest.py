@@ -1,8 +1,24 @@
 import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+
+with socket.socket() as _free:
+    _free.bind(("127.0.0.1", 0))
+    HUB_ADDRESS = _free.getsockname()
+# huggingface_hub reads these when it is imported: no test can reach the real Hub, or the tester's own cache.
+os.environ["HF_ENDPOINT"] = f"http://{HUB_ADDRESS[0]}:{HUB_ADDRESS[1]}"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hep2-tests-")
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ.pop("HF_TOKEN", None)
 
 from hep2.data import Cells, load_cells
 from hep2.models import StackEnsemble, build_model
@@ -46,3 +62,26 @@ def save_untrained(folder: Path, seed: int = 0) -> Path:
 def untrained(tmp_path_factory) -> Path:
     """A folder of untrained weights, to be read only."""
     return save_untrained(tmp_path_factory.mktemp("untrained"))
+
+
+@contextmanager
+def serving_page(weights: str) -> Iterator[str]:
+    """Start the page as its users do, in a process of its own, and give its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "app.py", "--weights", weights, "--host", "127.0.0.1", "--port", str(port)]
+    environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, "the page did not start"
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        process.terminate()
+        process.wait(timeout=20)

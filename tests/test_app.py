@@ -1,11 +1,5 @@
-import os
-import socket
-import subprocess
-import sys
-import time
-
 import pytest
-from conftest import ROOT
+from conftest import serving_page
 from gradio_client import Client, handle_file
 
 from hep2.reader import Reader
@@ -14,23 +8,8 @@ from hep2.weights import load_weights
 
 @pytest.fixture(scope="module")
 def address(untrained):
-    """The page as its users start it: in a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "app.py", "--weights", str(untrained), "--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    for _ in range(300):
-        assert process.poll() is None, "the page did not start"
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            break
-        except OSError:
-            time.sleep(0.2)
-    yield f"http://127.0.0.1:{port}/"
-    process.terminate()
-    process.wait(timeout=20)
+    with serving_page(str(untrained)) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
