@@ -120,8 +120,7 @@ def _golgi(nucleus: Nucleus, random: Random) -> np.ndarray:
 
 def _homogeneous(nucleus: Nucleus, random: Random) -> np.ndarray:
     texture = 1 + random.uniform(0.02, 0.08) * grain(nucleus.depth.shape, random.uniform(1.5, 3.0), random)
-    dome = 0.8 + 0.2 * np.clip(nucleus.depth / nucleus.radius, 0, 1) ** 0.5
-    return nucleus.inside * texture * dome
+    return _dome(nucleus, 0.3, random.uniform(0.8, 2.5)) * texture
 
 
 def _numem(nucleus: Nucleus, random: Random) -> np.ndarray:
@@ -136,22 +135,31 @@ def _nucleolar(nucleus: Nucleus, random: Random) -> np.ndarray:
     # One to five nucleoli, each a clump of a few blobs, in a dim nucleus.
     shape = nucleus.depth.shape
     haze = gaussian_filter(nucleus.inside, random.uniform(1.5, 4.0))
-    light = random.uniform(0.06, 0.25) * haze * (1 + 0.15 * grain(shape, 2.0, random))
+    light = random.uniform(0.05, 0.18) * haze * (1 + 0.15 * grain(shape, 2.0, random))
     for place in _scatter(nucleus, random.integers(1, 6), 0.6, random, apart=9.0):
         count = random.integers(1, 4)
         places = place + random.normal(0, 2.0, (count, 2))
-        light += spots(shape, places, random.uniform(1.6, 3.2, count), random.uniform(0.4, 1.0, count))
+        light += spots(shape, places, random.uniform(1.6, 3.2, count), random.uniform(0.5, 1.0, count))
     return light
 
 
 def _speckled(nucleus: Nucleus, random: Random) -> np.ndarray:
-    # Grains of uneven brightness throughout the nucleus, few of them very bright, and the nucleoli left out.
+    # Grains of uneven brightness throughout the nucleus, few of them very bright, the nucleoli left out, and a dim
+    # grainy cytoplasm.
     shape = nucleus.depth.shape
-    fine = np.exp(random.uniform(0.45, 0.65) * grain(shape, random.uniform(1.0, 1.5), random))
-    coarse = np.exp(0.2 * grain(shape, 4.0, random))
+    fine = np.exp(random.uniform(0.5, 0.65) * grain(shape, random.uniform(0.8, 1.4), random))
+    coarse = np.exp(0.25 * grain(shape, 4.0, random))
     nucleoli = _scatter(nucleus, random.integers(2, 5), 0.65, random, apart=12.0)
     holes = spots(shape, nucleoli, random.uniform(2.5, 4.0, len(nucleoli)), random.uniform(0.7, 0.95, len(nucleoli)))
-    return gaussian_filter(nucleus.inside, 1.2) * fine * coarse * (1 - np.clip(holes, 0, 0.9)) / 2
+    body = _dome(nucleus, 0.5, random.uniform(2.5, 4.0)) * fine * coarse * (1 - np.clip(holes, 0, 0.9))
+    cytoplasm = random.uniform(0.06, 0.2) * np.exp(np.minimum(nucleus.depth, 0) / 10)
+    return (body + cytoplasm * (1 + 0.3 * grain(shape, 1.5, random))) / 2
+
+
+def _dome(nucleus: Nucleus, height: float, softness: float) -> np.ndarray:
+    """Light a nucleus that is thicker in the middle: 1 - `height` at a rim of `softness` pixels, 1 at the centre."""
+    thickness = 1 - height + height * np.clip(nucleus.depth / nucleus.radius, 0, 1)
+    return gaussian_filter(nucleus.inside, softness) * thickness
 
 
 STAINS = {
