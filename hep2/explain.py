@@ -20,7 +20,7 @@ def logits_and_maps(model: CNN | ViT, images: Tensor) -> tuple[Tensor, Tensor]:
         logits, coarse = _attention(model, images)
     else:
         features = model.forward_features(images)  # (batch, channels, 5, 5)
-        logits = model.forward_head(features)
+        logits = model.head(model.pool(features))
         weight = model.head.weight[logits.argmax(1)]  # (batch, channels)
         coarse = torch.einsum("bc,bchw->bhw", weight, features).clamp(min=0)
     # The 80 pixels that the first convolution makes of 78 are laid back on them by leaving out the rim.
@@ -54,4 +54,4 @@ def _attention(model: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
     side = IMAGE_SIZE // model.config.patch_size
     coarse = read[:, 1:].reshape(-1, side, side)
     # Every patch gets its even share by the skips: only what lies above the least says anything.
-    return model.forward_head(tokens), coarse - coarse.amin((1, 2), keepdim=True)
+    return model.head(model.pool(tokens)), coarse - coarse.amin((1, 2), keepdim=True)

@@ -67,11 +67,11 @@ class CNN(nn.Module):
             features = block(F.relu(F.max_pool2d(features, 2)))
         return F.relu(features)  # (batch, 256, 5, 5)
 
-    def forward_head(self, features: Tensor) -> Tensor:
-        return self.head(features.mean(dim=(2, 3)))
+    def pool(self, features: Tensor) -> Tensor:
+        return features.mean(dim=(2, 3))  # (batch, 256)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
+        return self.head(self.pool(self.forward_features(images)))
 
 
 class ConvolutionBlock(nn.Module):
@@ -173,14 +173,36 @@ class ViT(nn.Module):
         tokens = torch.cat([self.class_token.expand(len(patches), -1, -1), patches], dim=1)
         return self.norm(self.blocks(tokens + self.positions))
 
-    def forward_head(self, tokens: Tensor) -> Tensor:
-        pooled = tokens[:, 0]
-        if self.config.pooling == "class token + mean":
-            pooled = pooled + tokens[:, 1:].mean(1)
-        return self.head(pooled)
+    def pool(self, tokens: Tensor) -> Tensor:
+        pooled = tokens[:, 0]  # (batch, width)
+        return pooled + tokens[:, 1:].mean(1) if self.config.pooling == "class token + mean" else pooled
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
+        return self.head(self.pool(self.forward_features(images)))
+
+
+class SpecimenSupervision(nn.Module):
+    """A model in training that must also tell the specimens of a class from each other. Ours.
+
+    In training it returns the log-probability of each specimen (batch, specimens): that of its class, from the
+    model's own head, plus that of the specimen within the class, from a head that is thrown away afterwards. The
+    cross-entropy of these is the class's plus the specimen's. In evaluation it returns the model's logits (batch, 6).
+    """
+
+    def __init__(self, model: CNN | ViT, class_of_specimen: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.specimens = nn.Linear(model.head.in_features, len(class_of_specimen))
+        self.register_buffer("membership", F.one_hot(class_of_specimen, CLASSES).bool().T)  # (classes, specimens)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:
+            return self.model(images)
+        pooled = self.model.pool(self.model.forward_features(images))
+        class_logits, specimen_logits = self.model.head(pooled).float(), self.specimens(pooled).float()
+        of_class = specimen_logits[:, None].masked_fill(~self.membership, -torch.inf).logsumexp(2)  # (batch, classes)
+        share = F.log_softmax(class_logits, dim=1) - of_class
+        return specimen_logits + share @ self.membership.float()
 
 
 class FullPrecisionLinear(nn.Linear):

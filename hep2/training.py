@@ -131,6 +131,7 @@ class _Run:
         self.train, self.validation = (
             Examples(*(part.to(accelerator.device) for part in examples)) for examples in (train, validation)
         )
+        self.classes = int(train.labels.max()) + 1
         self.class_weights = _class_weights(self.train.labels) if recipe.class_balance == "weights" else None
         self.averaged = None
         if recipe.ema_decay is not None:
@@ -165,7 +166,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         inputs, labels = _augmented(self.train, share, self.recipe, generator)
-        targets = F.one_hot(labels, int(self.train.labels.max()) + 1).float()
+        targets = F.one_hot(labels, self.classes).float()
         if self.recipe.cutmix and torch.rand((), generator=generator) < self.recipe.cutmix:
             inputs, targets = cutmix(inputs, targets, generator)
         logits = self.wrapped(inputs).float()

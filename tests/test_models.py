@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from hep2.models import MODELS, StackEnsemble, ViTConfig, build_model, probabilities
+from hep2.models import MODELS, SpecimenSupervision, StackEnsemble, ViTConfig, build_model, probabilities
 from hep2.patterns import CLASS_NAMES
 
 SINGLE = [name for name in MODELS if name != "ensemble"]
@@ -55,7 +55,7 @@ def test_cnn_and_rescnn_differ_by_the_skips_alone():
 def test_vit_reads_its_class_token_alone_where_asked():
     model = build_model("vit", {"stem_widths": [], "pooling": "class token"}).eval()
     tokens = torch.rand(2, 170, 128)
-    torch.testing.assert_close(model.forward_head(tokens), model.head(tokens[:, 0]))
+    torch.testing.assert_close(model.pool(tokens), tokens[:, 0])
     assert model(torch.rand(1, 1, 78, 78)).shape == (1, 6)
 
 
@@ -101,6 +101,26 @@ def test_ensemble_reads_its_members_probabilities_and_trains_one_linear_layer():
     expected = torch.cat([(cnn(images) / 2).softmax(1), (vit(images) / 0.5).softmax(1)], 1)
     torch.testing.assert_close(ensemble.member_probabilities(images), expected)
     torch.testing.assert_close(ensemble(images), ensemble.linear(expected))
+
+
+def test_specimen_supervision_trains_the_class_and_the_specimen_and_evaluates_the_class():
+    torch.manual_seed(0)
+    model = build_model("cnn", {"widths": [4, 4, 8, 8]})
+    class_of = torch.tensor([0, 0, 1, 2, 3, 4, 5, 5])
+    supervised = SpecimenSupervision(model, class_of)
+    images, specimens = torch.rand(5, 1, 78, 78), torch.tensor([0, 1, 2, 6, 7])
+    log_probabilities = supervised.train()(images)
+    torch.testing.assert_close(log_probabilities.exp().sum(1), torch.ones(5))
+    pooled = model.pool(model.forward_features(images))
+    within = supervised.specimens(pooled)
+    expected = nn.functional.cross_entropy(model.head(pooled), class_of[specimens], reduction="sum")
+    for row, specimen in enumerate(specimens):
+        same = class_of == class_of[specimen]
+        expected -= within[row, same].log_softmax(0)[int(same[:specimen].sum())]
+    loss = nn.functional.cross_entropy(log_probabilities, specimens, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    supervised.eval()
+    torch.testing.assert_close(supervised(images), model(images))
 
 
 def test_probabilities_sum_to_one_and_soften_with_temperature():
