@@ -1,4 +1,4 @@
-"""The command line: `python -m hep2 classify | evaluate | phantoms`."""
+"""The command line: `python -m hep2 classify | evaluate | audit | phantoms`."""
 
 import argparse
 import csv
@@ -41,6 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--output", type=Path, required=True, metavar="DIR", help="for metrics.json and the rest")
     _add_weights(evaluate)
     evaluate.set_defaults(run=_evaluate)
+
+    audit = commands.add_parser("audit", help="count a dataset's classes and find its duplicates")
+    audit.add_argument("--dataset", default="Genius-Society/HEp2", help="Hub name, local folder, or phantoms[:COUNT]")
+    audit.add_argument("--json", action="store_true", help="one JSON object, with the name of every duplicate")
+    audit.set_defaults(run=_audit)
 
     phantoms = commands.add_parser("phantoms", help="make synthetic cells")
     phantoms.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets a folder for each pattern")
@@ -120,6 +125,22 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     print(comparison_table(result["models"]))
     print(f"\nStack ensemble, class by class\n{class_report(result['models']['ensemble'])}")
     print(f"\nmetrics.json, predictions.csv and figures are in {arguments.output}")
+    return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from hep2.data import audit, load_cells
+
+    result = audit(load_cells(arguments.dataset))
+    if arguments.json:
+        print(json.dumps(result))
+        return 0
+    print(f"{result['dataset']}: {result['cells']:,} cells, fingerprint {result['fingerprint']}")
+    for field in ("classes", "parts"):
+        print(f"{field}: " + ", ".join(f"{name} {count:,}" for name, count in result[field].items()))
+    print(f"{result['duplicates']} cells repeat an earlier one pixel for pixel")
+    print(f"{result['duplicates_across_parts']} of these pairs lie across parts of the dataset's own split")
+    print(f"{result['duplicates_of_another_class']} of these pairs are labelled differently")
     return 0
 
 

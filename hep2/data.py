@@ -38,6 +38,7 @@ class Cells:
     names: tuple[str, ...]
     digests: tuple[str, ...]
     source: str
+    parts: tuple[str, ...] = ()  # the dataset's own split, if it has one: the part that each cell is in
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,13 +74,22 @@ def load_cells(dataset: str | Path = DEFAULT_DATASET) -> Cells:
     return replace(cells, source=DEFAULT_DATASET) if cells.fingerprint == PUBLISHED_FINGERPRINT else cells
 
 
-def dataset_files(dataset: str | Path) -> Iterator[tuple[str, ImageSource, str]]:
-    """Yield (file name, image, class name) of all cells of a dataset. Takes and raises what `load_cells` does."""
+class CellFile(NamedTuple):
+    """An image of a dataset as it was published, and the part of the dataset's own split that it is in."""
+
+    name: str
+    image: ImageSource
+    class_name: str
+    part: str = ""
+
+
+def dataset_files(dataset: str | Path) -> Iterator[CellFile]:
+    """Yield all cells of a dataset as they were published. Takes and raises what `load_cells` does."""
     name, _, count = str(dataset).partition(":")
     if name == "phantoms":
         if count and not count.isdecimal():
             raise ValueError(f"{dataset!r}: give 'phantoms' or 'phantoms:COUNT', a count of cells for each pattern")
-        yield from phantom_files(int(count or PHANTOMS_A_CLASS))
+        yield from (CellFile(*file) for file in phantom_files(int(count or PHANTOMS_A_CLASS)))
         return
     import datasets  # slow to import, and idle when phantoms are enough
 
@@ -90,45 +100,62 @@ def dataset_files(dataset: str | Path) -> Iterator[tuple[str, ImageSource, str]]
             f"dataset {str(dataset)!r} was not found ({error}); give a Hub dataset's OWNER/NAME, a local folder in the "
             "same layout, or 'phantoms'"
         ) from error
-    rows = datasets.concatenate_datasets(list(parts.values()))
-    if not {"image", "label"} <= set(rows.column_names):
-        raise ValueError(f"dataset {str(dataset)!r} has the columns {rows.column_names}; expected 'image' and 'label'")
-    published = rows.features["label"].names
-    if sorted(published) != sorted(CLASS_NAMES):
-        raise ValueError(f"dataset {str(dataset)!r} has the classes {published}; expected {list(CLASS_NAMES)}")
-    for row in rows.cast_column("image", datasets.Image(decode=False)):
-        # Parquet files hold the bytes; a folder of images holds paths.
-        image = row["image"]
-        yield Path(image["path"]).name, image["bytes"] or image["path"], published[row["label"]]
+    for part, rows in parts.items():
+        if not {"image", "label"} <= set(rows.column_names):
+            raise ValueError(f"dataset {str(dataset)!r} has the columns {rows.column_names}; expected image and label")
+        classes = rows.features["label"].names
+        if sorted(classes) != sorted(CLASS_NAMES):
+            raise ValueError(f"dataset {str(dataset)!r} has the classes {classes}; expected {list(CLASS_NAMES)}")
+        for row in rows.cast_column("image", datasets.Image(decode=False)):
+            # Parquet files hold the bytes; a folder of images holds paths.
+            image = row["image"]
+            yield CellFile(Path(image["path"]).name, image["bytes"] or image["path"], classes[row["label"]], str(part))
 
 
-def cells_from_files(files: Iterable[tuple[str, ImageSource, str]], source: str) -> Cells:
-    """Build `Cells` from (name, image, class name) triples in any order.
+def cells_from_files(files: Iterable[CellFile], source: str) -> Cells:
+    """Build `Cells` from image files in any order.
 
     Raises
     ------
     ValueError
         If there is none, or an image cannot be read; the message names it.
     """
-    names, images, labels, digests = [], [], [], []
-    for name, data, class_name in sorted(files, key=lambda file: file[0]):
+    files = sorted(files, key=lambda file: file.name)
+    if not files:
+        raise ValueError(f"{source}: there are no cells in it")
+    images, digests = [], []
+    for file in files:
         try:
-            intensity, _ = read_intensity(data)
+            intensity, _ = read_intensity(file.image)
             images.append(prepare(intensity))
         except ValueError as error:
-            raise ValueError(f"{source}: {name}: {error}") from error
-        names.append(name)
-        labels.append(CLASS_NAMES.index(class_name))
+            raise ValueError(f"{source}: {file.name}: {error}") from error
         digests.append(hashlib.sha256(repr(intensity.shape).encode() + intensity.tobytes()).hexdigest()[:16])
-    if not names:
-        raise ValueError(f"{source}: there are no cells in it")
     return Cells(
         images=torch.from_numpy(np.stack(images)),
-        labels=torch.tensor(labels),
-        names=tuple(names),
+        labels=torch.tensor([CLASS_NAMES.index(file.class_name) for file in files]),
+        names=tuple(file.name for file in files),
         digests=tuple(digests),
         source=source,
+        parts=tuple(file.part for file in files),
     )
+
+
+def audit(cells: Cells) -> dict:
+    """Count classes and duplicates, and the duplicates that lie across the parts of the dataset's own split."""
+    first = {digest: position for position, digest in reversed(list(enumerate(cells.digests)))}
+    pairs = [(first[digest], position) for position, digest in enumerate(cells.digests) if first[digest] != position]
+    return {
+        "dataset": cells.source,
+        "fingerprint": cells.fingerprint,
+        "cells": len(cells),
+        "classes": dict(zip(CLASS_NAMES, cells.labels.bincount(minlength=len(CLASS_NAMES)).tolist(), strict=True)),
+        "parts": {part: cells.parts.count(part) for part in dict.fromkeys(cells.parts)},
+        "duplicates": len(pairs),
+        "duplicates_across_parts": sum(cells.parts[one] != cells.parts[other] for one, other in pairs),
+        "duplicates_of_another_class": sum(bool(cells.labels[one] != cells.labels[other]) for one, other in pairs),
+        "pairs": [[cells.names[one], cells.names[other]] for one, other in pairs],
+    }
 
 
 def split(cells: Cells, protocol: str, seed: int = 0, fold: int = 0) -> Split:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from hep2.data import Cells, Split, dataset_files, split
+from hep2.data import DEFAULT_DATASET, Cells, Split, blocks_of, dataset_files, split
 from hep2.evaluation import (
     MODEL_TITLES,
     draw_confusion,
@@ -23,7 +23,7 @@ from hep2.evaluation import (
     save_figure,
 )
 from hep2.imaging import read_intensity
-from hep2.models import MODELS, StackEnsemble, build_model
+from hep2.models import MODELS, SpecimenSupervision, StackEnsemble, build_model
 from hep2.patterns import CLASS_NAMES
 from hep2.reader import predict
 from hep2.recipes import ARCHITECTURES, RECIPES
@@ -77,10 +77,14 @@ def train_models(
             continue
         settings = replace(RECIPES[recipe][name], **(changes or {}))
         torch.manual_seed(seed)
-        model = build_model(name, ARCHITECTURES[recipe][name])
+        fitted = model = build_model(name, ARCHITECTURES[recipe][name])
         train, validation = _examples(cells, parts.train), _examples(cells, parts.validation)
+        if settings.specimen_supervision:
+            specimens, class_of_specimen = specimens_of(cells, parts.train)
+            train = Examples(train.inputs, specimens)
+            fitted = SpecimenSupervision(model, class_of_specimen)
         history = fit(
-            model,
+            fitted,
             train,
             validation,
             settings,
@@ -94,6 +98,17 @@ def train_models(
             temperature = fit_temperature(logits, validation.labels)
             _save(output, name, model, settings, origin, history, temperature, accelerator)
         accelerator.wait_for_everyone()
+
+
+def specimens_of(cells: Cells, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number the specimens of some cells: each cell's number, int64, and each number's class, int64.
+
+    Where the specimens are not known, as for phantoms, each class counts as one.
+    """
+    known = cells.source == DEFAULT_DATASET
+    specimens = torch.from_numpy(blocks_of(cells)) if known else cells.labels
+    _, first, number = np.unique(specimens[positions].numpy(), return_index=True, return_inverse=True)
+    return torch.from_numpy(number), cells.labels[positions][torch.from_numpy(first)]
 
 
 def _train_ensemble(
@@ -219,12 +234,12 @@ def held_out_examples(
     chosen = [random.permutation(test[cells.labels.numpy()[test] == label])[:per_class] for label in range(6)]
     names = {cells.names[position] for positions in chosen for position in positions}
     examples = {}
-    for name, source, label in dataset_files(dataset):
-        if name in names:
-            intensity, _ = read_intensity(source)
+    for published in dataset_files(dataset):
+        if published.name in names:
+            intensity, _ = read_intensity(published.image)
             file = io.BytesIO()
             Image.fromarray(intensity.astype(np.uint16 if intensity.max() > 255 else np.uint8)).save(file, "PNG")
-            examples[name] = (label, file.getvalue())
+            examples[published.name] = (published.class_name, file.getvalue())
     return examples
 
 

@@ -39,6 +39,7 @@ class Recipe:
     augmentation: Literal["none", "paper", "tuned"] = "none"
     cutmix: float = 0.0  # share of the batches in which a patch of each image comes from another
     class_balance: Literal["none", "weights", "sampling"] = "none"
+    specimen_supervision: bool = False  # the labels tell specimens apart too; see `hep2.models.SpecimenSupervision`
     ema_decay: float | None = None  # weights are averaged over the steps with this decay, and the average is kept
     patience: int | None = None  # stop after this many epochs without a better validation loss; keep the best
     min_delta: float = 0.0  # the smallest difference that counts as better

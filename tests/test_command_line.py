@@ -133,3 +133,14 @@ def test_train_of_a_bad_dataset_or_directory_says_so_and_exits_1(tmp_path, capsy
     arguments = ["--dataset", "phantoms:20", "--models", "ensemble", "--output", str(tmp_path)]
     assert train.main(arguments) == 1
     assert "cnn/config.json is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_audit_of_phantoms_finds_no_duplicate(form, capsys):
+    assert main(["audit", "--dataset", "phantoms:2", *form]) == 0
+    out = capsys.readouterr().out
+    if form:
+        assert json.loads(out)["duplicates"] == 0
+    else:
+        assert "12 cells" in out
+        assert "0 cells repeat" in out

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hep2.data import Cells, blocks_of, load_cells, specimen_blocks, split, unique_cells
+from hep2.data import Cells, audit, blocks_of, load_cells, specimen_blocks, split, unique_cells
 from hep2.patterns import CELLS_IN_DATASET, CLASS_NAMES
 from hep2.phantoms import phantom_files
 
@@ -137,3 +137,13 @@ def test_load_cells_rejects_other_classes_and_columns(tmp_path):
 def test_load_cells_of_a_missing_folder_says_what_to_give(tmp_path):
     with pytest.raises(FileNotFoundError, match="give a Hub dataset's OWNER/NAME"):
         load_cells(tmp_path / "missing")
+
+
+def test_audit_counts_classes_duplicates_and_pairs_across_parts():
+    cells = published_like(duplicates=3)
+    parts = ["train"] * len(cells)
+    parts[-1] = "test"
+    result = audit(dataclasses.replace(cells, parts=tuple(parts)))
+    assert result["cells"] == sum(result["classes"].values()) == CELLS_IN_DATASET
+    assert (result["duplicates"], result["duplicates_across_parts"], result["duplicates_of_another_class"]) == (3, 1, 0)
+    assert result["pairs"][-1] == ["13593.png", "13596.png"]

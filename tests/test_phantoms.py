@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hep2.data import DEFAULT_DATASET, cells_from_files
+from hep2.data import DEFAULT_DATASET, CellFile, cells_from_files
 from hep2.patterns import CLASS_NAMES
 from hep2.phantoms import phantom_cell, phantom_files
 from hep2.reader import predict
@@ -36,7 +36,7 @@ def test_phantom_files_of_a_larger_count_begin_with_those_of_a_smaller():
 def test_the_ensemble_trained_on_real_cells_reads_phantoms_as_what_they_are():
     weights = load_weights()
     assert weights.configs["ensemble"]["training"]["dataset"] == DEFAULT_DATASET
-    cells = cells_from_files(phantom_files(200, seed=2026), source="fresh phantoms")
+    cells = cells_from_files((CellFile(*file) for file in phantom_files(200, seed=2026)), source="fresh phantoms")
     verdicts = predict(weights, cells.images)["ensemble"].argmax(1)
     right = [np.mean(verdicts[cells.labels.numpy() == label] == label) for label in range(len(CLASS_NAMES))]
     assert min(right) >= 0.9, dict(zip(CLASS_NAMES, right, strict=True))

@@ -4,11 +4,12 @@ import hashlib
 
 import numpy as np
 import pytest
+import torch
 
-from hep2.data import DEFAULT_DATASET, split, unique_cells
+from hep2.data import DEFAULT_DATASET, audit, blocks_of, split, unique_cells
 from hep2.evaluation import metrics
 from hep2.patterns import CELLS_IN_DATASET, CLASS_NAMES
-from hep2.pipeline import check_unseen
+from hep2.pipeline import check_unseen, specimens_of
 from hep2.reader import predict
 from hep2.weights import load_weights
 
@@ -26,6 +27,13 @@ def test_dataset_is_the_published_one_with_its_194_duplicates(real_cells):
     assert [real_cells.names[position] for position in repeated] == [f"{number}.png" for number in range(11199, 11393)]
 
 
+def test_audit_finds_the_duplicates_and_those_across_the_published_split(real_cells):
+    result = audit(real_cells)
+    assert (result["duplicates"], result["duplicates_across_parts"]) == (194, 104)
+    assert result["parts"] == {"train": 8701, "validation": 2175, "test": 2720}
+    assert result["duplicates_of_another_class"] == 0
+
+
 @pytest.mark.parametrize(("protocol", "folds"), [("clean", [0]), ("specimen", [0, 1, 2, 3])])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_parts_share_no_pixel_content(protocol, folds, seed, real_cells):
@@ -35,6 +43,13 @@ def test_parts_share_no_pixel_content(protocol, folds, seed, real_cells):
         assert not (hashes[0] & hashes[1] or hashes[0] & hashes[2] or hashes[1] & hashes[2])
         assert [len(h) for h in hashes] == [len(part) for part in parts]
         assert sum(map(len, parts)) == CELLS_IN_DATASET - 194
+
+
+def test_specimens_of_the_training_cells_are_their_blocks(real_cells):
+    train = split(real_cells, "specimen", 0, 2).train
+    specimens, class_of = specimens_of(real_cells, train)
+    assert torch.equal(class_of[specimens], real_cells.labels[train])
+    assert len(class_of) == len(set(blocks_of(real_cells)[train])) == int(specimens.max()) + 1 < 73
 
 
 def test_bundled_weights_read_cells_they_have_not_seen(real_cells):
