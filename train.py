@@ -11,10 +11,11 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from hep2 import __version__
-from hep2.data import DEFAULT_DATASET, PROTOCOLS, Cells, load_cells
+from hep2.data import PROTOCOLS, Cells, load_cells
 from hep2.evaluation import comparison_table
 from hep2.hub import push, stage
 from hep2.models import MODELS
+from hep2.patterns import DEFAULT_DATASET
 from hep2.pipeline import evaluate_weights, held_out_examples, train_models
 from hep2.recipes import RECIPES
 from hep2.weights import load_weights

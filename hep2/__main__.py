@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from hep2.patterns import CLASS_NAMES
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET
 
 if TYPE_CHECKING:
     from hep2.weights import Weights
@@ -30,9 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     classify.set_defaults(run=_classify)
 
     evaluate = commands.add_parser("evaluate", help="measure weights on test cells that they have not seen")
-    evaluate.add_argument(
-        "--dataset", default="Genius-Society/HEp2", help="Hub name, local folder, or phantoms[:COUNT]"
-    )
+    _add_dataset(evaluate)
     evaluate.add_argument(
         "--protocol", help="paper, clean or specimen (default: the one the weights were trained with)"
     )
@@ -43,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.set_defaults(run=_evaluate)
 
     audit = commands.add_parser("audit", help="count a dataset's classes and find its duplicates")
-    audit.add_argument("--dataset", default="Genius-Society/HEp2", help="Hub name, local folder, or phantoms[:COUNT]")
+    _add_dataset(audit)
     audit.add_argument("--json", action="store_true", help="one JSON object, with the name of every duplicate")
     audit.set_defaults(run=_audit)
 
@@ -59,6 +57,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"hep2: {error}", file=sys.stderr)
         return 1
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", default=DEFAULT_DATASET, help="Hub name, local folder, or phantoms[:COUNT]")
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:

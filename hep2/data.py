@@ -14,10 +14,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from hep2.imaging import ImageSource, prepare, read_intensity
-from hep2.patterns import CLASS_NAMES
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET
 from hep2.phantoms import phantom_files
 
-DEFAULT_DATASET = "Genius-Society/HEp2"
 PROTOCOLS = ("paper", "clean", "specimen")
 FOLDS = 4
 PHANTOMS_A_CLASS = 100

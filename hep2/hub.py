@@ -17,10 +17,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hep2.data import DEFAULT_DATASET
 from hep2.evaluation import MODEL_TITLES
 from hep2.models import MODELS
-from hep2.patterns import CLASS_NAMES, SOURCE_RESULTS
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, SOURCE_RESULTS
 from hep2.weights import BUNDLED, Weights, load_weights
 
 # All that is ever fetched: JSON, safetensors and pictures. A pickle in a repository is neither fetched nor opened.

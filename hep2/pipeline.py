@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from hep2.data import DEFAULT_DATASET, Cells, Split, blocks_of, dataset_files, split
+from hep2.data import Cells, Split, blocks_of, dataset_files, split
 from hep2.evaluation import (
     MODEL_TITLES,
     draw_confusion,
@@ -24,7 +24,7 @@ from hep2.evaluation import (
 )
 from hep2.imaging import read_intensity
 from hep2.models import MODELS, SpecimenSupervision, StackEnsemble, build_model
-from hep2.patterns import CLASS_NAMES
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET
 from hep2.reader import predict
 from hep2.recipes import ARCHITECTURES, RECIPES
 from hep2.training import Examples, Recipe, fit, predict_logits, write_atomically
@@ -231,7 +231,9 @@ def held_out_examples(
     trained = weights.configs["ensemble"]["training"]
     test = split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0).test
     random = np.random.default_rng(trained["seed"])
-    chosen = [random.permutation(test[cells.labels.numpy()[test] == label])[:per_class] for label in range(6)]
+    chosen = [
+        random.permutation(test[cells.labels.numpy()[test] == label])[:per_class] for label in range(len(CLASS_NAMES))
+    ]
     names = {cells.names[position] for positions in chosen for position in positions}
     examples = {}
     for published in dataset_files(dataset):

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from hep2.data import DEFAULT_DATASET, CellFile, cells_from_files
-from hep2.patterns import CLASS_NAMES
+from hep2.data import CellFile, cells_from_files
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET
 from hep2.phantoms import phantom_cell, phantom_files
 from hep2.reader import predict
 from hep2.weights import load_weights

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from hep2.data import DEFAULT_DATASET, audit, blocks_of, split, unique_cells
+from hep2.data import audit, blocks_of, split, unique_cells
 from hep2.evaluation import metrics
-from hep2.patterns import CELLS_IN_DATASET, CLASS_NAMES
+from hep2.patterns import CELLS_IN_DATASET, CLASS_NAMES, DEFAULT_DATASET
 from hep2.pipeline import check_unseen, specimens_of
 from hep2.reader import predict
 from hep2.weights import load_weights
