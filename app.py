@@ -1,71 +1,72 @@
-"""The page: `python app.py`, or a Hugging Face Space as it is. What it calls lives in `hep2`."""
+"""The page and its API: `python app.py`, or a Hugging Face Space as it is. What it calls lives in `hep2`."""
 
 import argparse
 import csv
 import os
+import tempfile
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import gradio as gr
+import spaces  # before PyTorch: on ZeroGPU it lends the card, elsewhere it does nothing
+import torch
+from gradio.blocks import BlockFunction
+from PIL import Image
 
+from hep2.data import load_cells
 from hep2.evaluation import MODEL_TITLES
 from hep2.hub import open_weights
 from hep2.imaging import ImageError, read_intensity
 from hep2.patterns import CLASS_NAMES
-from hep2.reader import Failure, Reader, csv_header, csv_row
-from hep2.views import counts_html, doubts_of, failure_html, models_html, verdict_html
+from hep2.pipeline import held_out_examples
+from hep2.reader import Failure, Gathering, Reader, csv_header, csv_row
+from hep2.views import counts_html, doubts_of, failure_html, model_details_html, models_html, verdict_html
+from hep2.weights import Weights
 
-EXAMPLES = Path(__file__).with_name("examples")
+SYNTHETIC = Path(__file__).with_name("examples")
+CSS = Path(__file__).with_name("hep2") / "views.css"
 TITLE = "HEp-2 cells: four models and a verdict"
 INTRODUCTION = """# HEp-2 cells: four models and a verdict
 The staining pattern of a HEp-2 cell points to the antibodies in a patient's serum. Click a cell, or give your own.
 **Not for clinical use.**"""
-UPLOAD_LABEL = "Your own: drop, paste or choose images of single cells (PNG, JPEG, TIFF, BMP, WebP)"
-EXAMPLES_TEXT = "**Examples**: synthetic cells, drawn by a program. A click reads one."
+UPLOAD_LABEL = "Your own: drop, paste or choose"
+UPLOAD_TEXT = "One or many, each an image of one cell: PNG, JPEG, TIFF, BMP or WebP, 8 to 32 bit."
+SYNTHETIC_TEXT = "**Examples**: synthetic cells, drawn by a program. A click reads one."
+HELD_OUT_TEXT = "**Examples**: published cells that no model was trained on, with their labels. A click reads one."
 TABLE = ("file", "verdict", "probability", "models agree", "remarks")
-FILE_TYPES = [".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"]
+NO_IMAGE = "no image came; give one file: PNG, JPEG, TIFF, BMP or WebP"
+FITTING = (
+    "it takes each image as a file that was uploaded to /gradio_api/upload before, "
+    'as {"path": …, "meta": {"_type": "gradio.FileData"}}; no other paths, and no addresses of this machine'
+)
+TOGETHER = 32  # requests to /classify that are answered at once
 QUEUE = 256  # requests that may wait; one more is told that the page is busy
-
-CSS = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto; }
-#examples .grid-container { grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 6px; padding: 0; }
-#examples .grid-wrap { max-height: none; padding: 0; overflow: visible; }
-#examples .caption-label { font-size: 10.5px; line-height: 1.3; inset: auto 2px 2px 2px; max-width: none;
-  padding: 1px 2px; text-align: center; }
-.reading { display: flex; flex-direction: column; gap: 12px; }
-.reading .top { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; min-height: 184px; }
-.reading figure { margin: 0; }
-.reading figure img { height: 156px; width: 156px; object-fit: contain; background: #000; border-radius: 6px; }
-.reading img.cell { image-rendering: pixelated; }
-.reading figcaption, .reading .small { font-size: 13px; color: var(--body-text-color-subdued); }
-.reading .verdict { flex: 1 1 200px; }
-.reading .verdict p { margin: 0 0 4px; }
-.reading .file { font-size: 13px; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
-.reading .name { font-size: 30px; font-weight: 700; line-height: 1.2; }
-.reading .dot { display: inline-block; width: 18px; height: 18px; border-radius: 50%; margin-right: 10px; }
-.reading .doubts { margin: 0; padding-left: 20px; min-height: 24px; font-weight: 600; }
-.reading .models { display: grid; grid-template-columns: repeat(auto-fit, minmax(152px, 1fr)); gap: 14px; }
-.reading h3 { margin: 0 0 6px; font-size: 15px; }
-.reading .bars { list-style: none; margin: 0; padding: 0; font-size: 12.5px; }
-.reading .bars li { display: grid; grid-template: auto 8px / 1fr auto; margin-bottom: 6px; line-height: 1.4; }
-.reading .bars .value { font-variant-numeric: tabular-nums; }
-.reading .track { grid-column: 1 / 3; border-radius: 4px; background: var(--border-color-primary); overflow: hidden; }
-.reading .track span { display: block; height: 100%; }
-.reading summary { cursor: pointer; padding: 6px 0; }
-.reading .meaning { margin: 0; display: grid; gap: 4px; }
-.reading .meaning div { display: grid; grid-template-columns: 130px 1fr; }
-.reading .meaning dt { color: var(--body-text-color-subdued); }
-.reading .meaning dd { margin: 0; }
-.reading.failed { min-height: 190px; }
-.reading .scroll { overflow-x: auto; }
-.reading table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-.reading th, .reading td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--border-color-primary); }
-.reading .source { color: var(--body-text-color-subdued); }
-"""
+# No font comes from elsewhere. Gradio's greys and mid-tones are too faint on their grounds for contrast AA.
+THEME = gr.themes.Soft(
+    primary_hue="emerald", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+).set(
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_300",
+    color_accent="*primary_700",
+    link_text_color="*primary_700",
+    link_text_color_dark="*primary_300",
+    block_label_text_color="*primary_800",
+    block_label_text_color_dark="white",
+    block_label_background_fill_dark="*primary_800",
+    block_title_text_color="*primary_800",
+    block_title_text_color_dark="white",
+    block_title_background_fill_dark="*primary_800",
+    checkbox_label_background_fill_selected="*primary_700",
+    checkbox_label_background_fill_selected_dark="*primary_800",
+)
 # Gradio's file box takes drops and choices; a pasted image is handed to it here.
 PASTE = """
 () => document.addEventListener("paste", (event) => {
   const files = event.clipboardData && event.clipboardData.files;
-  const input = document.querySelector("#upload input[type=file]");
+  const boxes = [...document.querySelectorAll("#upload, #upload-many")];
+  const input = boxes.find((box) => box.checkVisibility())?.querySelector("input[type=file]");
   if (files && files.length && input) {
     input.files = files;
     input.dispatchEvent(new Event("change", { bubbles: true }));
@@ -74,94 +75,166 @@ PASTE = """
 """
 
 
+class Chosen(NamedTuple):
+    """An image to be shown: where it lies, its name, what the gallery calls it, and what is known of its pattern."""
+
+    path: str
+    name: str
+    caption: str = ""
+    truth: str = ""
+
+
 class Page:
     """The functions behind the page and its API, on one reader that was loaded before the first request."""
 
-    def __init__(self, reader: Reader, examples: Path = EXAMPLES) -> None:
-        self.reader = reader
-        self.examples = [
-            (str(examples / pattern / f"{number}.png"), f"{pattern} {number}", f"Synthetic, drawn as {pattern}")
-            for pattern in CLASS_NAMES
-            for number in range(1, 6)
-        ]
+    def __init__(self, reader: Reader, examples: list[Chosen], examples_text: str) -> None:
+        self.weights = reader.weights
+        self.examples, self.examples_text = examples, examples_text
+        # Seconds of a lent card at most; a Space with a card of its own, or none, is not limited.
+        self.explain = spaces.GPU(duration=15)(reader.explain)
+        self.read = spaces.GPU(duration=60)(reader.read)
+        self.read_together = Gathering(lambda named: list(self.read(named)))
 
-    def show(self, chosen: tuple[str, str, str], models: list[str]) -> str:
-        """Read one image, given as path, name and true label, and return what the page shows of it."""
-        path, name, label = chosen
+    def show(self, chosen: Chosen, models: list[str]) -> str:
+        """Read one image and return what the page shows of it."""
+        path, name, _, truth = chosen
         try:
-            explanation = self.reader.explain(name, Path(path))
+            explanation = self.explain(name, Path(path))
             uploaded, _ = read_intensity(Path(path))
         except (ImageError, OSError) as error:
             return failure_html(Failure(name, str(error)))
-        return verdict_html(explanation, uploaded, models, label)
+        return verdict_html(explanation, uploaded, models, truth)
 
-    def show_example(self, models: list[str], event: gr.SelectData) -> tuple[str, tuple[str, str, str]]:
+    def show_example(self, models: list[str], event: gr.SelectData) -> tuple[str, Chosen]:
         chosen = self.examples[event.index]
         return self.show(chosen, models), chosen
 
     def show_upload(self, paths: list[str] | None, models: list[str]) -> tuple:
-        """Show a single image at once; hand many over to the tab that reads many."""
+        """Show a single image at once; hand many over to the tab that reads many. The box is ready for the next."""
         if not paths:
-            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            return gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
         if len(paths) > 1:
-            return gr.skip(), gr.skip(), gr.Tabs(selected="many"), paths
-        chosen = (paths[0], Path(paths[0]).name, "")
-        return self.show(chosen, models), chosen, gr.skip(), gr.skip()
+            return gr.skip(), gr.skip(), None, gr.Tabs(selected="many"), paths
+        chosen = Chosen(paths[0], Path(paths[0]).name)
+        return self.show(chosen, models), chosen, None, gr.skip(), gr.skip()
 
     def read_many(self, paths: list[str] | None, progress=gr.Progress()) -> tuple:  # noqa: B008 (Gradio finds it here)
         """Read many images into a table, a chart of the counts and a CSV file."""
         if not paths:
             return [], "", None
-        names = ((Path(path).name, Path(path)) for path in paths)
-        readings = list(progress.tqdm(self.reader.read(names), total=len(paths), unit="cells", desc="Reading"))
+        readings = list(progress.tqdm(self.read(_named(paths)), total=len(paths), unit="cells", desc="Reading"))
         rows = [
             [reading.file, "", None, None, reading.error]
             if isinstance(reading, Failure)
             else [reading.file, reading.verdict, reading.probability, reading.agreement, " ".join(doubts_of(reading))]
             for reading in readings
         ]
-        file = Path(paths[0]).with_name("readings.csv")
+        file = Path(tempfile.mkdtemp(dir=Path(paths[0]).parent)) / "readings.csv"
         with open(file, "w", newline="", encoding="utf-8") as opened:
-            models = list(self.reader.weights.models)
+            models = list(self.weights.models)
             csv.writer(opened).writerows([csv_header(models), *(csv_row(reading, models) for reading in readings)])
         return rows, counts_html(readings), str(file)
 
     def classify(self, image: str | None) -> dict:
-        """Read one image of a HEp-2 cell: verdict, its probability, and six probabilities of each of four models."""
-        if image is None:
-            raise gr.Error("no image came; give one file: PNG, JPEG, TIFF, BMP or WebP", print_exception=False)
-        answer = next(self.reader.read([(Path(image).name, Path(image))]))
-        if isinstance(answer, Failure):
-            raise gr.Error(answer.error, print_exception=False)
-        return answer.as_dict()
+        """Read one image of a HEp-2 cell: verdict, its probability, and six probabilities of each of four models.
+
+        An image that cannot be read is answered by {"file", "error"}.
+
+        Args:
+            image: one cell whose nucleus fills most of the image; PNG, JPEG, TIFF, BMP or WebP, 8 to 32 bit
+        """
+        if not image:
+            return Failure("", NO_IMAGE).as_dict()
+        return self.read_together((Path(image).name, Path(image))).as_dict()
 
     def classify_batch(self, images: list[str] | None) -> list[dict]:
-        """Read many images: a list of what /classify answers; one that cannot be read gets {"file", "error"}."""
-        return [answer.as_dict() for answer in self.reader.read((Path(p).name, Path(p)) for p in images or [])]
+        """Read many images of one HEp-2 cell each: a list of what classify answers, in the order of the images.
+
+        Args:
+            images: one cell each; PNG, JPEG, TIFF, BMP or WebP, 8 to 32 bit
+        """
+        return [answer.as_dict() for answer in self.read(_named(images or []))]
+
+    def explain_image(self, image: str | None) -> tuple[dict, list[tuple[Image.Image, str]]]:
+        """Read one image of a HEp-2 cell and tell where each model looked.
+
+        Answers what classify answers, and for each model an 8-bit grey image of 78 x 78, bright where it looked.
+
+        Args:
+            image: one cell whose nucleus fills most of the image; PNG, JPEG, TIFF, BMP or WebP, 8 to 32 bit
+        """
+        if not image:
+            return Failure("", NO_IMAGE).as_dict(), []
+        try:
+            explanation = self.explain(Path(image).name, Path(image))
+        except (ImageError, OSError) as error:
+            return Failure(Path(image).name, str(error)).as_dict(), []
+        maps = [(Image.fromarray((255 * values).round().astype("uint8")), n) for n, values in explanation.maps.items()]
+        return explanation.reading.as_dict(), maps
 
     def models(self) -> dict:
         """Tell which weights are loaded (source and revision), the models' names, and their measured figures."""
-        weights = self.reader.weights
+        weights = self.weights
         names = {"models": list(weights.models), "source": weights.source, "revision": weights.revision}
         return names | {"metrics": weights.metrics}
+
+    @cached_property
+    def model_details(self) -> str:
+        return model_details_html(self.weights)
+
+
+def _named(paths) -> list[tuple[str, Path]]:
+    return [(Path(path).name, Path(path)) for path in paths]
+
+
+def examples_of(weights: Weights, dataset: str | None, folder: Path) -> tuple[list[Chosen], str]:
+    """Find cells to click on: held-out cells of the dataset or of the weights' source, else the synthetic ones.
+
+    Cells of the dataset are written into `folder`.
+    """
+    if dataset:
+        cells = []
+        for name, (label, data) in held_out_examples(weights, load_cells(dataset), dataset).items():
+            path = folder / label / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
+            cells.append((path, label))
+        cells.sort(key=lambda cell: (CLASS_NAMES.index(cell[1]), cell[0].name))
+    else:
+        cells = weights.examples()
+    text, truth = HELD_OUT_TEXT, "Its label: "
+    if not cells:
+        text, truth = SYNTHETIC_TEXT, "Synthetic, drawn as "
+        cells = [(SYNTHETIC / name / f"{number}.png", name) for name in CLASS_NAMES for number in range(1, 6)]
+    return [Chosen(str(path), f"{label} {path.stem}", label, truth + label) for path, label in cells], text
+
+
+class Blocks(gr.Blocks):
+    """Gradio's page, with words for a caller whose arguments do not fit: Gradio itself answers "error": null."""
+
+    async def preprocess_data(self, block_fn: BlockFunction, *rest, **options) -> list:
+        try:
+            return await super().preprocess_data(block_fn, *rest, **options)
+        except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+            message = f"/{block_fn.api_name} got arguments that do not fit: {FITTING}"
+            raise gr.Error(message, print_exception=False) from error
 
 
 def build(page: Page) -> gr.Blocks:
     """Lay out the page. Its first view shows a cell already read."""
     titles = [(title, name) for name, title in MODEL_TITLES.items()]
     # What is uploaded may be a patient's: every ten minutes, files older than 50 minutes are deleted.
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3000)) as blocks:
+    with Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3000)) as blocks:
         gr.Markdown(INTRODUCTION)
         chosen = gr.State(page.examples[0])
         with gr.Tabs() as tabs:
-            with gr.Tab("Read a cell", id="one"), gr.Row():
+            with gr.Tab("One cell", id="one"), gr.Row():
                 with gr.Column(scale=5, min_width=320):
-                    upload = gr.File(
-                        label=UPLOAD_LABEL, file_count="multiple", file_types=FILE_TYPES, elem_id="upload", height=150
-                    )
-                    gr.Markdown(EXAMPLES_TEXT)
+                    upload = gr.File(label=UPLOAD_LABEL, file_count="multiple", elem_id="upload", height=170)
+                    gr.Markdown(UPLOAD_TEXT)
+                    gr.Markdown(page.examples_text)
                     gallery = gr.Gallery(
-                        [(path, name) for path, name, _ in page.examples],
+                        [(example.path, example.caption) for example in page.examples],
                         label="Examples",
                         show_label=False,
                         container=False,
@@ -176,28 +249,39 @@ def build(page: Page) -> gr.Blocks:
                     shown = gr.CheckboxGroup(titles, value=list(MODEL_TITLES), label="Models shown")
                     result = gr.HTML(page.show(page.examples[0], list(MODEL_TITLES)))
             with gr.Tab("Many cells", id="many"):
-                many = gr.File(
-                    label=UPLOAD_LABEL, file_count="multiple", file_types=FILE_TYPES, elem_id="upload-many", height=150
+                many = gr.File(label=UPLOAD_LABEL, file_count="multiple", elem_id="upload-many", height=170)
+                gr.Markdown(UPLOAD_TEXT)
+                counts = gr.HTML(elem_id="counts")
+                table = gr.Dataframe(
+                    headers=list(TABLE),
+                    column_widths=["190px", "125px", "115px", "125px", "420px"],
+                    wrap=True,
+                    max_height=480,
+                    interactive=False,
+                    label="Readings",
+                    elem_id="table",
                 )
-                counts = gr.HTML()
-                table = gr.Dataframe(headers=list(TABLE), interactive=False, label="Readings", max_height=480)
-                download = gr.File(label="All readings as CSV", interactive=False)
-            with gr.Tab("The models", id="models"):
-                gr.HTML(models_html(page.reader.weights))
+                download = gr.File(label="All readings as CSV", interactive=False, elem_id="download")
+            with gr.Tab("Models", id="models") as models_tab:
+                gr.HTML(models_html(page.weights))
+                details = gr.HTML()
 
         # Events that serve the page alone are no part of the API.
         private = {"api_visibility": "private"}
         gallery.select(page.show_example, shown, [result, chosen], show_progress="hidden", **private)
         shown.change(page.show, [chosen, shown], result, show_progress="hidden", **private)
-        upload.upload(page.show_upload, [upload, shown], [result, chosen, tabs, many], **private)
+        upload.upload(page.show_upload, [upload, shown], [result, chosen, upload, tabs, many], **private)
         many.change(page.read_many, many, [table, counts, download], **private)
+        models_tab.select(lambda: page.model_details, None, details, **private)
 
         with gr.Row(visible=False):
             image, images = gr.File(label="image"), gr.File(label="images", file_count="multiple")
-            answer, button = gr.JSON(), gr.Button()
-        button.click(page.classify, image, answer, api_name="classify")
-        button.click(page.classify_batch, images, answer, api_name="classify_batch")
-        button.click(page.models, None, answer, api_name="models")
+            reading, readings, known = gr.JSON(label="reading"), gr.JSON(label="readings"), gr.JSON(label="weights")
+            maps, button = gr.Gallery(label="maps", format="png"), gr.Button()
+        button.click(page.classify, image, reading, api_name="classify", concurrency_limit=TOGETHER)
+        button.click(page.classify_batch, images, readings, api_name="classify_batch")
+        button.click(page.explain_image, image, [reading, maps], api_name="explain")
+        button.click(page.models, None, known, api_name="models")
     return blocks
 
 
@@ -210,24 +294,29 @@ def main(argv: list[str] | None = None) -> None:
         metavar="NAME",
         help="OWNER/NAME[@revision] on the Hub or a folder (default: HEP2_WEIGHTS, else the bundled ones)",
     )
+    parser.add_argument("--dataset", help="Hub name or local folder: examples are its test cells (default: synthetic)")
     parser.add_argument("--host", default=None, help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=None)
     arguments = parser.parse_args(argv)
-    blocks = build(Page(Reader(open_weights(arguments.weights))))
-    blocks.queue(max_size=QUEUE)
-    blocks.launch(
-        server_name=arguments.host,
-        server_port=arguments.port,
-        # No font, script or picture comes from elsewhere.
-        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css=CSS,
-        js=PASTE,
-        footer_links=["api"],
-        run_history=False,
-        enable_monitoring=False,
-        max_file_size="200mb",
-        ssr_mode=False,
-    )
+    # The one place that names a device: training leaves it to accelerate.
+    reader = Reader(open_weights(arguments.weights).to("cuda" if torch.cuda.is_available() else "cpu"))
+    with tempfile.TemporaryDirectory(prefix="hep2-examples-") as folder:
+        blocks = build(Page(reader, *examples_of(reader.weights, arguments.dataset, Path(folder))))
+        blocks.queue(max_size=QUEUE)
+        blocks.launch(
+            server_name=arguments.host,
+            server_port=arguments.port,
+            theme=THEME,
+            css_paths=CSS,
+            js=PASTE,
+            footer_links=["api"],
+            run_history=False,
+            enable_monitoring=False,
+            max_file_size="200mb",
+            ssr_mode=False,
+            # With gradio[mcp] installed, the API's functions are tools for an assistant as well.
+            mcp_server=find_spec("mcp") is not None,
+        )
 
 
 if __name__ == "__main__":

@@ -40,11 +40,12 @@ def metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict:
             for name, p, r, f, s in zip(CLASS_NAMES, *per_class, strict=True)
         },
         "confusion": confusion_matrix(labels, verdicts, labels=every).tolist(),
+        "reliability": reliability(probabilities, labels),
     }
 
 
-def reliability(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sort cells by the verdict's probability into 15 equal bins: mean probability, accuracy and count of each."""
+def reliability(probabilities: np.ndarray, labels: np.ndarray) -> list[dict]:
+    """Sort cells by the verdict's probability into 15 equal bins; returns a record of each bin that has cells."""
     confidence = probabilities.max(1)
     right = probabilities.argmax(1) == labels
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
@@ -52,13 +53,17 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarr
     divisor = np.maximum(count, 1)
     mean_confidence = np.bincount(bins, confidence, CALIBRATION_BINS) / divisor
     accuracy = np.bincount(bins, right, CALIBRATION_BINS) / divisor
-    return mean_confidence, accuracy, count
+    return [
+        {"probability": float(mean_confidence[i]), "accuracy": float(accuracy[i]), "cells": int(count[i])}
+        for i in np.flatnonzero(count)
+    ]
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Return the mean gap between a verdict's probability and how often it is right (Naeini et al. 2015)."""
-    confidence, accuracy, count = reliability(probabilities, labels)
-    return float(np.sum(count * np.abs(confidence - accuracy)) / max(1, count.sum()))
+    bins = reliability(probabilities, labels)
+    gaps = sum(row["cells"] * abs(row["probability"] - row["accuracy"]) for row in bins)
+    return gaps / max(1, len(labels))
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -123,19 +128,18 @@ def draw_confusion(result: dict, title: str) -> Figure:
     return figure
 
 
-def draw_reliability(probabilities: np.ndarray, labels: np.ndarray, title: str) -> Figure:
-    """Draw how often a verdict is right against its probability."""
-    confidence, accuracy, count = reliability(probabilities, labels)
-    filled = count > 0
+def draw_reliability(result: dict, title: str) -> Figure:
+    """Draw how often a verdict of one model is right against its probability."""
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="perfectly calibrated")
-    axes.plot(confidence[filled], accuracy[filled], marker="o", color="#0072B2", label="measured")
-    for x, y, cells in zip(confidence[filled], accuracy[filled], count[filled], strict=True):
-        axes.annotate(str(cells), (x, y), textcoords="offset points", xytext=(4, -10), fontsize=7)
-    error = expected_calibration_error(probabilities, labels)
-    axes.set(title=f"{title}: calibration error {error:.4f}", xlabel="probability of the verdict", ylabel="share right")
-    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    bins = result["reliability"]
+    points = [(row["probability"], row["accuracy"]) for row in bins]
+    axes.plot(*zip(*points, strict=True), marker="o", color="#0072B2", label="measured")
+    for point, row in zip(points, bins, strict=True):
+        axes.annotate(str(row["cells"]), point, textcoords="offset points", xytext=(4, -10), fontsize=7)
+    axes.set(title=f"{title}: calibration error {result['ece']:.4f}", xlabel="probability of the verdict")
+    axes.set(ylabel="share right", xlim=(0, 1.02), ylim=(0, 1.02))
     axes.legend(loc="upper left")
     return figure
 

@@ -43,7 +43,7 @@ def _attention(model: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    identity = torch.eye(tokens.shape[1])
+    identity = torch.eye(tokens.shape[1], device=tokens.device)
     rolled = identity.expand(len(images), -1, -1)
     for weights in layers:
         # Half of each token comes from itself, past the attention, by the skip connection.

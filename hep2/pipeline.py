@@ -217,10 +217,10 @@ def evaluate_weights(
     names = [cells.names[position] for position in test]
     text = predictions_csv(names, [CLASS_NAMES[label] for label in labels], answers)
     write_atomically(output / "predictions.csv", text.encode())
-    for name, values in answers.items():
+    for name, measured in result["models"].items():
         title = f"{MODEL_TITLES[name]}, {protocol} protocol, {len(test):,} test cells"
-        save_figure(draw_confusion(result["models"][name], title), output / f"confusion_{name}.png")
-        save_figure(draw_reliability(values, labels, MODEL_TITLES[name]), output / f"reliability_{name}.png")
+        save_figure(draw_confusion(measured, title), output / f"confusion_{name}.png")
+        save_figure(draw_reliability(measured, MODEL_TITLES[name]), output / f"reliability_{name}.png")
     return result
 
 

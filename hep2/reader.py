@@ -1,8 +1,12 @@
 """Reads cells with all models and gives verdicts: what page, API and command line all call."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +18,10 @@ from hep2.models import StackEnsemble, probabilities
 from hep2.patterns import CLASS_NAMES
 from hep2.weights import Weights
 
+T, R = TypeVar("T"), TypeVar("R")
+
 BATCH = 64
+WORKERS = torch.get_num_threads()
 DIGITS = 6  # of a probability in an answer; what lies behind depends on the machine
 
 
@@ -69,20 +76,32 @@ class Reading:
         }
 
 
-@torch.inference_mode()
 def predict(weights: Weights, images: Tensor) -> dict[str, np.ndarray]:
-    """Return calibrated probabilities (cells, 6), float32, of each model for images (cells, 1, 78, 78)."""
-    parts = [_probabilities(weights, batch) for batch in images.split(BATCH)]
-    return {name: torch.cat([part[name] for part in parts]).numpy() for name in weights.models}
+    """Return calibrated probabilities (cells, 6), float32, of each model for images (cells, 1, 78, 78).
 
-
-def _probabilities(weights: Weights, images: Tensor) -> dict[str, Tensor]:
-    single = (name for name in weights.models if name != "ensemble")
-    return _combined(weights, {name: weights.models[name](images) for name in single})
+    On a CPU each cell is a pass of its own, which costs no more than its share of a batch, and a cell gets the same
+    answer to the last digit whatever it comes together with. On a GPU cells go in batches.
+    """
+    if weights.device != "cpu":
+        parts = [_probabilities(weights, batch) for batch in images.split(BATCH)]
+    elif len(images) == 1:
+        parts = [_probabilities(weights, images)]
+    else:
+        # A thread for each core, one pass in each: threads that share one small pass mostly wait for each other.
+        with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            parts = list(pool.map(lambda image: _probabilities(weights, image), images.split(1)))
+    return {name: np.concatenate([part[name] for part in parts]) for name in weights.models}
 
 
 @torch.inference_mode()
-def _combined(weights: Weights, logits: dict[str, Tensor]) -> dict[str, Tensor]:
+def _probabilities(weights: Weights, images: Tensor) -> dict[str, np.ndarray]:
+    images = images.to(weights.device)
+    logits = {name: model(images) for name, model in weights.models.items() if name != "ensemble"}
+    return _combined(weights, logits)
+
+
+@torch.inference_mode()
+def _combined(weights: Weights, logits: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Turn the single models' logits into calibrated probabilities of all."""
     result = {name: probabilities(values, weights.temperature(name)) for name, values in logits.items()}
     if "ensemble" in weights.models:
@@ -90,7 +109,7 @@ def _combined(weights: Weights, logits: dict[str, Tensor]) -> dict[str, Tensor]:
         stacked = torch.cat([result[name] for name in StackEnsemble.member_names], dim=1)
         stacked = weights.models["ensemble"].linear(stacked)
         result["ensemble"] = probabilities(stacked, weights.temperature("ensemble"))
-    return result
+    return {name: values.cpu().numpy() for name, values in result.items()}
 
 
 def csv_header(models: Iterable[str]) -> list[str]:
@@ -157,17 +176,13 @@ class Reader:
         Raises what `hep2.imaging.load_cell` raises.
         """
         cell = load_cell(source)
-        image = torch.from_numpy(cell.pixels)[None]
-        looked = {
-            model: logits_and_maps(self.weights.models[model], image)
-            for model in self.weights.models
-            if model != "ensemble"
-        }
+        image = torch.from_numpy(cell.pixels)[None].to(self.weights.device)
+        single = {model: net for model, net in self.weights.models.items() if model != "ensemble"}
+        looked = {model: logits_and_maps(net, image) for model, net in single.items()}
         answers = _combined(self.weights, {model: logits for model, (logits, _) in looked.items()})
-        maps = {model: values[0].numpy() for model, (_, values) in looked.items()}
+        maps = {model: values[0].cpu().numpy() for model, (_, values) in looked.items()}
         maps["ensemble"] = np.mean([maps[model] for model in StackEnsemble.member_names], axis=0)
-        reading = Reading(name, cell, {model: values[0].numpy() for model, values in answers.items()}, self._origin)
-        return Explanation(reading, maps)
+        return Explanation(Reading(name, cell, {m: values[0] for m, values in answers.items()}, self._origin), maps)
 
     @property
     def _origin(self) -> dict[str, str]:
@@ -185,3 +200,32 @@ class Reader:
                 continue
             yield Reading(name, cell, {model: values[position] for model, values in answers.items()}, self._origin)
             position += 1
+
+
+class Gathering(Generic[T, R]):
+    """Hands over what several threads ask at the same time in one list, as a batch costs a GPU no more than one."""
+
+    def __init__(self, function: Callable[[list[T]], list[R]], most: int = BATCH) -> None:
+        """Take a function that answers each item of a list, and how many items it gets at most."""
+        self.function, self.most = function, most
+        self.waiting: SimpleQueue[tuple[T, Future]] = SimpleQueue()
+        self.lock = Lock()
+
+    def __call__(self, item: T) -> R:
+        """Return the answer to one item; what the function raises is raised for each item of its list."""
+        own: Future[R] = Future()
+        self.waiting.put((item, own))
+        # While one thread works others queue up here, and the next to come in takes all of them along.
+        with self.lock:
+            while not own.done():
+                self._answer([self.waiting.get() for _ in range(min(self.most, self.waiting.qsize()))])
+        return own.result()
+
+    def _answer(self, batch: list[tuple[T, Future]]) -> None:
+        try:
+            for (_, future), answer in zip(batch, self.function([item for item, _ in batch]), strict=True):
+                future.set_result(answer)
+        except Exception as error:
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)

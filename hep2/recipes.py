@@ -29,6 +29,7 @@ _TUNED = Recipe(
     label_smoothing=0.05,
     gradient_norm=1.0,
     augmentation="tuned",
+    specimen_supervision=True,
     ema_decay=0.995,
 )
 
@@ -43,7 +44,7 @@ RECIPES = {
     "tuned": {
         "cnn": _TUNED,
         "rescnn": _TUNED,
-        "vit": replace(_TUNED, epochs=44, learning_rate=1e-3),
+        "vit": replace(_TUNED, learning_rate=1e-3),
         "ensemble": Recipe(
             epochs=40, batch_size=64, optimizer="adamw", learning_rate=1e-2, schedule="one-cycle", weight_decay=1e-2
         ),

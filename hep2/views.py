@@ -6,9 +6,10 @@ from html import escape
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
-from hep2.evaluation import MODEL_TITLES
+from hep2.evaluation import MODEL_TITLES, draw_curves, draw_reliability
 from hep2.patterns import CLASS_NAMES, ICAP_URL, PATTERNS, SOURCE_RESULTS
 from hep2.reader import Explanation, Failure, Reading
 from hep2.weights import Weights
@@ -113,26 +114,108 @@ def counts_html(readings: list[Reading | Failure]) -> str:
 
 
 def models_html(weights: Weights) -> str:
-    """Show what the models were trained on and how they did, beside the source's figures."""
-    results = weights.metrics.get("models", {})
-    head = "".join(f"<th>{column}</th>" for column in ("accuracy", "mean class accuracy", "macro F1", "ECE"))
+    """Tell which weights are loaded, what they were trained on and how they did, beside the source's figures."""
+    training = weights.configs["ensemble"]["training"]
+    minutes = sum(weights.configs[name]["training"].get("seconds", 0) for name in weights.models) / 60
+    size = weights.metrics.get("test_size", 0)
+    return f"""<section class="reading">
+<h3>The weights</h3>
+<p>{escape(weights.source)}, revision <code>{escape(weights.revision)}</code>. {escape(" ".join(weights.notes))}
+Trained on {escape(training["dataset"])} (recipe {escape(training["recipe"])}, {minutes:.0f} minutes in all), divided by
+the protocol {escape(training["protocol"])} with seed {training["seed"]}.</p>
+<h3>How the models do</h3>
+<p>Random split: {size:,} test cells that took no part in training, calibration or stacking, but come from specimens
+that others of their cells were trained on. Held-out specimens: every cell of a specimen kept away from training, as a
+new patient's would be. The source is the course report that this project re-builds.</p>
+<div class="scroll">{_results_table(weights)}</div>{_specimen_note(weights)}
+</section>"""
+
+
+def _results_table(weights: Weights) -> str:
+    fields = {"accuracy": "accuracy", "mean_class_accuracy": "mean class", "macro_f1": "macro F1", "ece": "ECE"}
+    random, specimen = weights.metrics.get("models", {}), weights.metrics.get("specimen", {}).get("models", {})
     rows = ""
     for name, title in MODEL_TITLES.items():
-        if name in results:
-            result = results[name]
-            values = (result["accuracy"], result["mean_class_accuracy"], result["macro_f1"], result["ece"])
-            cells = "".join(f"<td>{value:.4f}</td>" for value in values)
-            rows += f"<tr><th>{title}</th>{cells}</tr>"
-        source = SOURCE_RESULTS[name]
-        rows += (
-            f'<tr class="source"><th>the source\'s {title}</th><td>{source["accuracy"]:.2f}</td>'
-            f"<td>{source['macro_recall']:.2f}</td><td>{source['macro_f1']:.2f}</td><td></td></tr>"
+        measured = [part.get(name, {}).get(field) for part in (random, specimen) for field in fields]
+        source = [SOURCE_RESULTS[name][field] for field in ("accuracy", "macro_recall", "macro_f1")]
+        cells = "".join(f"<td>{'–' if value is None else format(value, '.4f')}</td>" for value in measured)
+        cells += "".join(f'<td class="source">{value:.2f}</td>' for value in source)
+        rows += f'<tr><th scope="row">{title}</th>{cells}</tr>'
+    columns = [*fields.values(), *fields.values(), *list(fields.values())[:3]]
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    return f"""<table><caption>Mean class is the mean of the classes' recalls; ECE is the expected
+calibration error, of which less is better.</caption>
+<thead><tr><td></td><th scope="colgroup" colspan="4">random split</th><th scope="colgroup" colspan="4">held-out
+specimens</th><th scope="colgroup" colspan="3">the source, random split</th></tr><tr><td></td>{head}</tr></thead>
+<tbody>{rows}</tbody></table>"""
+
+
+def _specimen_note(weights: Weights) -> str:
+    specimen = weights.metrics.get("specimen")
+    if specimen is None:
+        return "<p><strong>Held-out specimens were not measured: expect less on a new patient.</strong></p>"
+    blocks = specimen["blocks"]["ensemble"]
+    return (
+        f"<p>Over {specimen['folds']} folds, the stack ensemble read {blocks['right']} of {blocks['total']} held-out "
+        "specimens right as a whole.</p>"
+    )
+
+
+def model_details_html(weights: Weights) -> str:
+    """Show each model's classes, confusion matrix, calibration and training curves; it takes a second to draw."""
+    return f'<section class="reading">{"".join(_details(weights, name) for name in weights.models)}</section>'
+
+
+def _details(weights: Weights, name: str) -> str:
+    title, result = MODEL_TITLES[name], weights.metrics.get("models", {}).get(name)
+    tables = figures = ""
+    if result:
+        tables = f'<div class="scroll">{_class_table(result)}</div><div class="scroll">{_confusion_table(result)}</div>'
+        if "reliability" in result:
+            alt = f"{title}: share of right verdicts against their probability, ECE {result['ece']:.4f}"
+            figures = _plate(draw_reliability(result, title), alt)
+    if history := weights.history(name):
+        last = history[-1]
+        alt = (
+            f"{title}: loss and accuracy over {last['epoch']} epochs, "
+            f"validation accuracy {last['validation_accuracy']:.4f} at the end"
         )
-    training, size = weights.configs["ensemble"]["training"], weights.metrics.get("test_size", "no")
-    return f"""<section class="reading"><h3>Measured on test cells they never saw</h3>
-<p>Protocol {escape(training["protocol"])}, seed {training["seed"]}, {size} test cells. Weights:
-{escape(weights.source)}, revision <code>{escape(weights.revision)}</code>. {escape(" ".join(weights.notes))}</p>
-<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"""
+        figures += _plate(draw_curves(history, title), alt)
+    opened = " open" if name == "ensemble" else ""
+    return f"<details{opened}><summary>{title}, class by class</summary>{tables}<div>{figures}</div></details>"
+
+
+def _class_table(result: dict) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{label}</th>'
+        + "".join(f"<td>{row[field]:.4f}</td>" for field in ("precision", "recall", "f1"))
+        + f"<td>{row['support']:,}</td></tr>"
+        for label, row in result["per_class"].items()
+    )
+    head = "".join(f'<th scope="col">{column}</th>' for column in ("precision", "recall", "F1", "cells"))
+    return f"<table><caption>By class</caption><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _confusion_table(result: dict) -> str:
+    head = "".join(f'<th scope="col">{label}</th>' for label in CLASS_NAMES)
+    rows = ""
+    for label, counts in zip(CLASS_NAMES, result["confusion"], strict=True):
+        cells = ""
+        for count in counts:
+            # The errors are a few per cent: on a linear scale they would all look alike.
+            shade = 100 * (count / max(1, sum(counts))) ** 0.4
+            cells += f'<td style="background:color-mix(in srgb, #0072B2 {0.45 * shade:.0f}%, transparent)">{count}</td>'
+        rows += f'<tr><th scope="row">{label}</th>{cells}</tr>'
+    return f"""<table class="confusion"><caption>Confusion: rows are labels, columns are verdicts</caption>
+<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>"""
+
+
+def _plate(figure: Figure, alt: str) -> str:
+    """Put a figure on a white plate, which reads the same in a light and a dark page."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg")
+    source = "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
+    return f'<img class="plate" src="{source}" alt="{escape(alt)}">'
 
 
 def _bars(reading: Reading, name: str) -> str:

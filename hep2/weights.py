@@ -6,7 +6,7 @@ Only JSON and safetensors are ever read.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,7 +37,22 @@ class Weights:
     metrics: dict
     source: str
     revision: str
+    folder: Path
+    device: str = "cpu"
     notes: tuple[str, ...] = ()  # what was odd about getting them, in words
+
+    def to(self, device: str) -> "Weights":
+        """Move the models to a device."""
+        return replace(self, device=device, models={n: m.to(device) for n, m in self.models.items()})
+
+    def history(self, name: str) -> list[dict]:
+        """Return the records of a model's training epochs, or none if they did not travel with it."""
+        path = self.folder / name / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def examples(self) -> list[tuple[Path, str]]:
+        """Return the images of held-out cells that came with the weights, and their labels, in the order of classes."""
+        return [(path, label) for label in CLASS_NAMES for path in sorted(self.folder.glob(f"examples/{label}/*.png"))]
 
     def temperature(self, name: str) -> float:
         return self.configs[name]["calibration"]["temperature"]
@@ -122,6 +137,7 @@ def load_weights(
         source=source or ("bundled" if folder == BUNDLED else str(folder)),
         revision=revision
         or hashlib.sha256("".join(_digest(folder / name) for name in models).encode()).hexdigest()[:12],
+        folder=folder,
         notes=notes,
     )
 

@@ -65,12 +65,12 @@ def untrained(tmp_path_factory) -> Path:
 
 
 @contextmanager
-def serving_page(weights: str) -> Iterator[str]:
+def serving_page(*arguments: str) -> Iterator[str]:
     """Start the page as its users do, in a process of its own, and give its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "app.py", "--weights", weights, "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "app.py", *arguments, "--host", "127.0.0.1", "--port", str(port)]
     environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     try:

@@ -1,14 +1,31 @@
-import pytest
-from conftest import serving_page
-from gradio_client import Client, handle_file
+import json
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import httpx2
+import pytest
+from conftest import ROOT, serving_page
+from gradio_client import Client, handle_file
+from huggingface_hub import SpaceCard
+from packaging.requirements import Requirement
+from PIL import Image
+from uploads import uploads
+
+from hep2.patterns import CLASS_NAMES
+from hep2.phantoms import phantom_files
 from hep2.reader import Reader
 from hep2.weights import load_weights
+
+MODELS = ["cnn", "rescnn", "vit", "ensemble"]
+LEAKS = ("Traceback", "/tmp", "/usr", "/home", "/root", str(ROOT), "site-packages")
 
 
 @pytest.fixture(scope="module")
 def address(untrained):
-    with serving_page(str(untrained)) as address:
+    with serving_page("--weights", str(untrained)) as address:
         yield address
 
 
@@ -19,6 +36,26 @@ def client(address):
     client.close()
 
 
+@pytest.fixture(scope="module")
+def web(address):
+    with httpx2.Client(base_url=address, timeout=120) as web:
+        yield web
+
+
+def upload(web, name: str, data: bytes) -> dict:
+    answer = web.post("gradio_api/upload", files={"files": (name, data)})
+    assert answer.status_code == 200, answer.text
+    return {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}}
+
+
+def call(web, endpoint: str, *arguments) -> tuple[str, object]:
+    """Call the API as curl does; returns the last event, complete or error, and its data."""
+    event = web.post(f"gradio_api/call/{endpoint}", json={"data": list(arguments)}).json()["event_id"]
+    text = web.get(f"gradio_api/call/{endpoint}/{event}").text
+    kind, data = re.findall(r"event: (\w+)\ndata: (.*)", text)[-1]
+    return kind, json.loads(data)
+
+
 def test_classify_answers_what_the_reader_says(client, untrained):
     reader = Reader(load_weights(untrained))
     answer = client.predict(handle_file("examples/Golgi/2.png"), api_name="/classify")
@@ -26,23 +63,149 @@ def test_classify_answers_what_the_reader_says(client, untrained):
     assert answer == expected | {"file": "2.png"}
 
 
-def test_classify_of_no_image_says_why_without_a_path(client):
-    with pytest.raises(Exception, match="not an image") as caught:
-        client.predict(handle_file("LICENSE"), api_name="/classify")
-    assert "/" not in str(caught.value)
+def test_page_api_and_command_line_agree_to_the_last_digit(web, untrained, tmp_path):
+    files = []
+    for number, (_, image, _) in enumerate(phantom_files(5, seed=3)):
+        files.append(tmp_path / f"{number:02}.png")
+        Image.fromarray(image).save(files[-1])
+    command = [sys.executable, "-m", "hep2", "classify", "--json", "--weights", str(untrained), *map(str, files)]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    expected = [json.loads(line) | {"file": path.name} for line, path in zip(lines, files, strict=True)]
+    sent = [upload(web, path.name, path.read_bytes()) for path in files]
+    assert call(web, "classify_batch", sent) == ("complete", [expected])
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda one: call(web, "classify", one), sent))
+    assert answers == [("complete", [one]) for one in expected]
+    # The page's own function is `explain`, and so is this endpoint's.
+    assert [call(web, "explain", one)[1][0] for one in sent[:6]] == expected[:6]
 
 
-def test_classify_batch_loses_nothing_by_a_bad_file(client):
-    files = ["examples/Golgi/1.png", "LICENSE", "examples/NuMem/1.png"]
-    answers = client.predict([handle_file(file) for file in files], api_name="/classify_batch")
-    assert ["error" in answer for answer in answers] == [False, True, False]
+def test_explain_gives_a_map_of_each_model(client):
+    reading, maps = client.predict(handle_file("examples/NuMem/1.png"), api_name="/explain")
+    assert reading["models"].keys() == set(MODELS)
+    assert [one["caption"] for one in maps] == MODELS
+    assert all(Path(one["image"]).read_bytes().startswith(b"\x89PNG") for one in maps)
 
 
 def test_models_names_source_and_revision(client, untrained):
     answer = client.predict(api_name="/models")
-    assert answer["models"] == ["cnn", "rescnn", "vit", "ensemble"]
+    assert answer["models"] == MODELS
     assert answer["revision"] == load_weights(untrained).revision
 
 
-def test_api_names_the_public_functions_alone(client):
-    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/classify", "/classify_batch", "/models"}
+def test_api_names_and_documents_the_public_functions_alone(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(endpoints) == {"/classify", "/classify_batch", "/explain", "/models"}
+    for endpoint in endpoints.values():
+        assert len(endpoint["description"]) > 40
+        assert all("value" not in one["label"] for one in endpoint["returns"])
+    assert endpoints["/classify"]["parameters"][0]["parameter_name"] == "image"
+
+
+def test_every_kind_of_upload_gets_its_answer_and_costs_no_other(web):
+    kinds = uploads()
+    sent = {name: upload(web, name, data) for name, (data, _) in kinds.items()}
+    kind, (answers,) = call(web, "classify_batch", list(sent.values()))
+    assert kind == "complete"
+    for (name, (_, error)), answer in zip(kinds.items(), answers, strict=True):
+        check_answer(name, error, answer)
+        assert call(web, "classify", sent[name]) == ("complete", [answer])
+    assert len(kinds) >= 40
+
+
+def check_answer(name: str, error: str | None, answer: dict) -> None:
+    if error is None:
+        assert answer["verdict"] in CLASS_NAMES, name
+    else:
+        assert error in answer["error"], name
+        assert not any(leak in json.dumps(answer) for leak in LEAKS), answer
+
+
+@pytest.mark.parametrize("endpoint", ["classify", "classify_batch", "explain"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["/etc/passwd"],
+        [17],
+        [[["a"]]],
+        [{"path": 3}],
+        [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}],
+        [{"path": "app.py", "meta": {"_type": "gradio.FileData"}}],
+        [{"path": "hep2/bundled/cnn/config.json", "meta": {"_type": "gradio.FileData"}}],
+        [{"path": "/tmp/gradio/../../etc/passwd", "meta": {"_type": "gradio.FileData"}}],
+        [{"path": "http://127.0.0.1:9/cell.png", "meta": {"_type": "gradio.FileData"}}],
+        [{"path": "http://localhost/cell.png", "url": "http://[::1]/", "meta": {"_type": "gradio.FileData"}}],
+        [{"path": "file:///etc/passwd", "meta": {"_type": "gradio.FileData"}}],
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit_get_words_and_no_file(web, endpoint, arguments):
+    kind, answer = call(web, endpoint, *arguments)
+    assert kind == "error"
+    assert "do not fit" in answer["error"]
+    assert not any(leak in json.dumps(answer) for leak in LEAKS)
+
+
+def test_no_image_and_superfluous_arguments_are_answered(web):
+    _, (answer,) = call(web, "classify", None)
+    assert "no image" in answer["error"]
+    assert call(web, "classify_batch", None) == ("complete", [[]])
+    one = upload(web, "cell.png", Path("examples/Golgi/1.png").read_bytes())
+    assert call(web, "classify", one, "more", 3)[1][0]["verdict"] in CLASS_NAMES
+
+
+def test_names_too_long_for_a_request_are_refused(web):
+    answer = web.post("gradio_api/upload", files={"files": ("a" * 5_000 + ".png", b"")})
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd",
+        "app.py",
+        str(ROOT / "app.py"),
+        str(ROOT / "hep2/bundled/cnn/model.safetensors"),
+        "hep2/bundled/cnn/config.json",
+        "/tmp/gradio/../../etc/passwd",
+        "../../../../etc/passwd",
+        "http://127.0.0.1:9/",
+        "/proc/self/environ",
+    ],
+)
+@pytest.mark.parametrize("route", ["gradio_api/file=", "gradio_api/proxy=", "file=", "static/", "assets/"])
+def test_nothing_outside_uploads_and_examples_is_served(web, route, path):
+    answer = web.get(route + path)
+    assert answer.status_code >= 400
+    assert "root:" not in answer.text
+    assert "import" not in answer.text
+
+
+def test_the_pages_own_events_open_no_other_file(web):
+    # Gradio hides private events, but does not refuse a caller who knows their names.
+    secret = {"path": str(ROOT / "app.py"), "meta": {"_type": "gradio.FileData"}}
+    for name, arguments in {"show_upload": [[secret], MODELS], "read_many": [[secret]]}.items():
+        kind, answer = call(web, name, *arguments)
+        assert kind == "error"
+        assert "do not fit" in answer["error"]
+    # What `show` reads is kept by the server, whatever a caller sends in its place.
+    kind, (html, *_) = call(web, "show", ["/etc/passwd", "passwd", ""], MODELS)
+    assert kind == "complete"
+    assert "Centromere 1" in html
+
+
+def test_readme_carries_a_complete_space_configuration():
+    card = SpaceCard.load(ROOT / "README.md")
+    space = card.data.to_dict()
+    needed = {"title", "emoji", "colorFrom", "colorTo", "sdk", "sdk_version", "python_version", "app_file", "datasets"}
+    assert needed | {"tags", "license", "short_description", "suggested_hardware"} <= set(space)
+    assert (space["sdk"], space["app_file"], space["license"]) == ("gradio", "app.py", "mit")
+    assert len(space["short_description"]) <= 60
+    colours = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
+    assert space["colorFrom"] in colours
+    assert space["colorTo"] in colours
+    # The Space's Gradio must be one that requirements.txt allows, and its Python the one that ZeroGPU has.
+    (gradio,) = (line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("gradio"))
+    assert Requirement(gradio).specifier.contains(space["sdk_version"])
+    assert space["python_version"] == "3.12"

@@ -10,6 +10,7 @@ from hep2.evaluation import (
     expected_calibration_error,
     fit_temperature,
     metrics,
+    reliability,
     save_figure,
 )
 from hep2.patterns import CLASS_NAMES, SOURCE_RESULTS
@@ -58,6 +59,13 @@ def test_fit_temperature_finds_the_temperature_the_labels_were_drawn_with(temper
     assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.05)
 
 
+def test_reliability_counts_every_cell_once():
+    bins = reliability(np.concatenate([sure_of(LABELS, 0.95), sure_of(LABELS, 0.55)]), np.tile(LABELS, 2))
+    assert [row["cells"] for row in bins] == [len(LABELS)] * 2
+    assert [row["probability"] for row in bins] == pytest.approx([0.55, 0.95])
+    assert [row["accuracy"] for row in bins] == [1, 1]
+
+
 def test_comparison_table_shows_ours_and_the_sources_figures():
     result = metrics(sure_of(LABELS), LABELS)
     table = comparison_table(dict.fromkeys(SOURCE_RESULTS, result))
@@ -71,7 +79,7 @@ def test_figures_are_written_as_png(tmp_path):
     record = {"train_loss": 1.0, "validation_loss": 1.0, "train_accuracy": 0.5, "validation_accuracy": 0.5}
     figures = [
         draw_confusion(metrics(probabilities, LABELS), "a"),
-        draw_reliability(probabilities, LABELS, "b"),
+        draw_reliability(metrics(probabilities, LABELS), "b"),
         draw_curves([{"epoch": 1, **record}, {"epoch": 2, **record}], "c"),
     ]
     for number, figure in enumerate(figures):

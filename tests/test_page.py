@@ -1,0 +1,198 @@
+"""The page as its users have it: Debian's chromium, driven by Playwright, on the page in a process of its own."""
+
+import csv
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, serving_page
+from uploads import cell, encoded, tiff, uploads
+
+from hep2.patterns import CLASS_NAMES
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium (apt-get install chromium)")
+
+FILE_SHOWN = "document.querySelector('.reading .file')?.textContent"
+
+
+@pytest.fixture(scope="module")
+def address():
+    with serving_page() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, address):
+    """Open the page in a browser of its own; afterwards, no console error and no request elsewhere must have been."""
+    contexts, complaints = [], []
+
+    def open_page(**options):
+        context = browser.new_context(**({"viewport": {"width": 1440, "height": 1000}} | options))
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        allowed = (address, "data:", "blob:")
+        page.on("request", lambda r: complaints.append(r.url) if not r.url.startswith(allowed) else None)
+        page.goto(address)
+        page.wait_for_selector(".reading .name")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def wait_for_reading(page, name: str) -> None:
+    page.wait_for_function(f"name => {FILE_SHOWN} === name", arg=name)
+
+
+def click_example(page, number: int) -> None:
+    page.locator("#examples button").nth(number).click()
+    wait_for_reading(page, f"{CLASS_NAMES[number // 5]} {number % 5 + 1}")
+
+
+def give(page, *files: tuple[str, bytes], box: str = "upload") -> None:
+    payload = [{"name": name, "mimeType": "application/octet-stream", "buffer": data} for name, data in files]
+    page.locator(f"#{box} input[type=file]").first.set_input_files(payload)
+
+
+def test_first_visit_shows_a_cell_already_read(visit):
+    page = visit()
+    assert page.locator(".reading .name").first.inner_text() == "Centromere"
+    assert page.locator(".reading .bars").count() == 4
+    assert "Not for clinical use" in page.content()
+    assert page.locator("#examples button").count() == 30
+
+
+def test_a_click_on_an_example_reads_it(visit):
+    page = visit()
+    for number in range(2, 30, 5):
+        click_example(page, number)
+        assert page.locator(".reading .name").first.inner_text() == CLASS_NAMES[number // 5]
+        assert f"Synthetic, drawn as {CLASS_NAMES[number // 5]}" in page.locator(".reading .verdict").inner_text()
+
+
+def test_an_example_can_be_read_by_keyboard(visit):
+    page = visit()
+    page.locator("#examples button").nth(0).focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    wait_for_reading(page, "Centromere 2")
+
+
+def test_nothing_jumps_when_a_reading_arrives(visit):
+    page = visit()
+
+    def places() -> list:
+        boxes = [".reading .models", ".reading .verdict", "#examples", "#upload"]
+        scrolled = page.evaluate("window.scrollY")
+        return [page.locator(box).first.bounding_box()["y"] + scrolled for box in boxes]
+
+    before = places()
+    for number in (3, 12, 29):
+        click_example(page, number)
+        assert places() == pytest.approx(before, abs=1)
+
+
+def test_the_choice_of_models_hides_bars_and_keeps_the_cell(visit):
+    page = visit()
+    click_example(page, 6)
+    page.get_by_label("ViT").uncheck()
+    page.wait_for_function("document.querySelectorAll('.reading .bars').length === 3")
+    titles = page.locator(".reading .models h3").all_inner_texts()
+    assert titles == ["CNN", "ResCNN", "Stack ensemble"]
+    wait_for_reading(page, "Golgi 2")
+
+
+def test_maps_open_on_demand_and_every_image_has_a_text(visit):
+    page = visit()
+    page.get_by_text("Where did each model look?").click()
+    assert page.get_by_alt_text("Map of what ViT looked at").is_visible()
+    assert page.eval_on_selector_all("img", "images => images.filter(image => !image.alt).length") == 0
+
+
+@pytest.mark.parametrize("name, data", [("mine.png", encoded(cell(), "PNG")), ("mine.tif", tiff(cell() / 3.0))])
+def test_an_upload_is_read_and_shown_as_given_and_as_the_models_see_it(visit, name, data):
+    page = visit()
+    give(page, (name, data))
+    wait_for_reading(page, name)
+    assert page.locator(".reading .name").first.inner_text() == "Golgi"
+    widths = page.eval_on_selector_all(".reading .top img", "images => images.map(image => image.naturalWidth)")
+    assert widths == [78, 78]
+
+
+def test_a_pasted_image_is_read(visit):
+    page = visit()
+    for name in ("pasted.png", "pasted again.png"):
+        page.evaluate(
+            """([name, bytes]) => {
+              const data = new DataTransfer();
+              data.items.add(new File([new Uint8Array(bytes)], name, {type: "image/png"}));
+              document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: data}));
+            }""",
+            [name, list(encoded(cell(), "PNG"))],
+        )
+        wait_for_reading(page, name)
+
+
+def test_a_file_that_is_no_image_gets_words(visit):
+    page = visit()
+    give(page, ("letter.pdf", b"%PDF-1.7"))
+    wait_for_reading(page, "letter.pdf")
+    text = page.locator(".reading").first.inner_text()
+    assert "could not be read" in text
+    assert "PNG, JPEG, TIFF" in text
+
+
+def test_many_files_of_every_kind_get_a_table_counts_and_a_csv(visit, tmp_path):
+    page = visit()
+    files = [(name, data) for name, (data, _) in uploads().items() if len(name) < 200 and "/" not in name]
+    give(page, *files)
+    page.wait_for_function("document.querySelector('#counts h3')")
+    good = sum(1 for name, (_, error) in uploads().items() if error is None and (name, uploads()[name][0]) in files)
+    assert page.locator("#counts h3").inner_text() == f"{good} cells"
+    with page.expect_download() as download:
+        page.locator("#download a").first.click()
+    download.value.save_as(tmp_path / "readings.csv")
+    with open(tmp_path / "readings.csv", newline="", encoding="utf-8") as opened:
+        rows = list(csv.DictReader(opened))
+    assert len(rows) == len(files)
+    assert all(bool(row["verdict"]) != bool(row["error"]) for row in rows)
+    shown = page.locator("#table").inner_text()
+    assert "not an image of a known kind" in shown
+    assert "/tmp" not in shown
+
+
+def test_the_models_tab_shows_results_confusion_and_curves(visit):
+    page = visit()
+    page.get_by_role("tab", name="Models").click()
+    page.wait_for_selector("details[open] .plate")
+    text = page.locator("body").inner_text()
+    for expected in ("random split", "held-out specimens", "the source", "Confusion", "revision"):
+        assert re.search(expected, text, re.IGNORECASE), expected
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_no_width_scrolls_sideways_and_every_text_has_contrast_aa(visit, scheme, width):
+    page = visit(color_scheme=scheme, viewport={"width": width, "height": 900})
+    for tab in ("One cell", "Many cells", "Models"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(400)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(Path(ROOT / "tests/contrast.js").read_text()) == []
