@@ -41,7 +41,7 @@ FITTING = (
     "it takes each image as a file that was uploaded to /gradio_api/upload before, "
     'as {"path": …, "meta": {"_type": "gradio.FileData"}}; no other paths, and no addresses of this machine'
 )
-TOGETHER = 32  # requests to /classify that are answered at once
+TOGETHER = 8  # requests to /classify that are answered at once; more cost memory and gain nothing
 QUEUE = 256  # requests that may wait; one more is told that the page is busy
 # No font comes from elsewhere. Gradio's greys and mid-tones are too faint on their grounds for contrast AA.
 THEME = gr.themes.Soft(
@@ -74,6 +74,9 @@ PASTE = """
 })
 """
 
+# Which models are shown is the browser's own business: views.css hides the others.
+CHOOSE = """(models) => { document.querySelector("#result").dataset.models = models.join(" "); }"""
+
 
 class Chosen(NamedTuple):
     """An image to be shown: where it lies, its name, what the gallery calls it, and what is known of its pattern."""
@@ -95,7 +98,7 @@ class Page:
         self.read = spaces.GPU(duration=60)(reader.read)
         self.read_together = Gathering(lambda named: list(self.read(named)))
 
-    def show(self, chosen: Chosen, models: list[str]) -> str:
+    def show(self, chosen: Chosen) -> str:
         """Read one image and return what the page shows of it."""
         path, name, _, truth = chosen
         try:
@@ -103,20 +106,18 @@ class Page:
             uploaded, _ = read_intensity(Path(path))
         except (ImageError, OSError) as error:
             return failure_html(Failure(name, str(error)))
-        return verdict_html(explanation, uploaded, models, truth)
+        return verdict_html(explanation, uploaded, truth)
 
-    def show_example(self, models: list[str], event: gr.SelectData) -> tuple[str, Chosen]:
-        chosen = self.examples[event.index]
-        return self.show(chosen, models), chosen
+    def show_example(self, event: gr.SelectData) -> str:
+        return self.show(self.examples[event.index])
 
-    def show_upload(self, paths: list[str] | None, models: list[str]) -> tuple:
+    def show_upload(self, paths: list[str] | None) -> tuple:
         """Show a single image at once; hand many over to the tab that reads many. The box is ready for the next."""
         if not paths:
-            return gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
         if len(paths) > 1:
-            return gr.skip(), gr.skip(), None, gr.Tabs(selected="many"), paths
-        chosen = Chosen(paths[0], Path(paths[0]).name)
-        return self.show(chosen, models), chosen, None, gr.skip(), gr.skip()
+            return gr.skip(), None, gr.Tabs(selected="many"), paths
+        return self.show(Chosen(paths[0], Path(paths[0]).name)), None, gr.skip(), gr.skip()
 
     def read_many(self, paths: list[str] | None, progress=gr.Progress()) -> tuple:  # noqa: B008 (Gradio finds it here)
         """Read many images into a table, a chart of the counts and a CSV file."""
@@ -226,7 +227,6 @@ def build(page: Page) -> gr.Blocks:
     # What is uploaded may be a patient's: every ten minutes, files older than 50 minutes are deleted.
     with Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3000)) as blocks:
         gr.Markdown(INTRODUCTION)
-        chosen = gr.State(page.examples[0])
         with gr.Tabs() as tabs:
             with gr.Tab("One cell", id="one"), gr.Row():
                 with gr.Column(scale=5, min_width=320):
@@ -247,7 +247,7 @@ def build(page: Page) -> gr.Blocks:
                     )
                 with gr.Column(scale=7, min_width=320):
                     shown = gr.CheckboxGroup(titles, value=list(MODEL_TITLES), label="Models shown")
-                    result = gr.HTML(page.show(page.examples[0], list(MODEL_TITLES)))
+                    result = gr.HTML(page.show(page.examples[0]), elem_id="result")
             with gr.Tab("Many cells", id="many"):
                 many = gr.File(label=UPLOAD_LABEL, file_count="multiple", elem_id="upload-many", height=170)
                 gr.Markdown(UPLOAD_TEXT)
@@ -268,9 +268,9 @@ def build(page: Page) -> gr.Blocks:
 
         # Events that serve the page alone are no part of the API.
         private = {"api_visibility": "private"}
-        gallery.select(page.show_example, shown, [result, chosen], show_progress="hidden", **private)
-        shown.change(page.show, [chosen, shown], result, show_progress="hidden", **private)
-        upload.upload(page.show_upload, [upload, shown], [result, chosen, upload, tabs, many], **private)
+        gallery.select(page.show_example, None, result, show_progress="hidden", **private)
+        shown.change(None, shown, None, js=CHOOSE, **private)
+        upload.upload(page.show_upload, upload, [result, upload, tabs, many], **private)
         many.change(page.read_many, many, [table, counts, download], **private)
         models_tab.select(lambda: page.model_details, None, details, **private)
 
@@ -302,7 +302,8 @@ def main(argv: list[str] | None = None) -> None:
     reader = Reader(open_weights(arguments.weights).to("cuda" if torch.cuda.is_available() else "cpu"))
     with tempfile.TemporaryDirectory(prefix="hep2-examples-") as folder:
         blocks = build(Page(reader, *examples_of(reader.weights, arguments.dataset, Path(folder))))
-        blocks.queue(max_size=QUEUE)
+        # Told of every finished job, those who wait would each gather a letter for all the others.
+        blocks.queue(max_size=QUEUE, status_update_rate=1)
         blocks.launch(
             server_name=arguments.host,
             server_port=arguments.port,
@@ -314,6 +315,8 @@ def main(argv: list[str] | None = None) -> None:
             enable_monitoring=False,
             max_file_size="200mb",
             ssr_mode=False,
+            # The page keeps nothing between two events, and a caller of the API opens a session with each call.
+            state_session_capacity=100,
             # With gradio[mcp] installed, the API's functions are tools for an assistant as well.
             mcp_server=find_spec("mcp") is not None,
         )

@@ -1,6 +1,6 @@
 """Reads cells with all models and gives verdicts: what page, API and command line all call."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hep2.explain import logits_and_maps
 from hep2.imaging import Cell, ImageError, ImageSource, load_cell
@@ -21,7 +21,8 @@ from hep2.weights import Weights
 T, R = TypeVar("T"), TypeVar("R")
 
 BATCH = 64
-WORKERS = torch.get_num_threads()
+# One pass in each of these threads: threads that share a pass as small as this one mostly wait for each other.
+_CORES = ThreadPoolExecutor(torch.get_num_threads(), "cores", initializer=torch.set_num_threads, initargs=(1,))
 DIGITS = 6  # of a probability in an answer; what lies behind depends on the machine
 
 
@@ -82,22 +83,27 @@ def predict(weights: Weights, images: Tensor) -> dict[str, np.ndarray]:
     On a CPU each cell is a pass of its own, which costs no more than its share of a batch, and a cell gets the same
     answer to the last digit whatever it comes together with. On a GPU cells go in batches.
     """
-    if weights.device != "cpu":
-        parts = [_probabilities(weights, batch) for batch in images.split(BATCH)]
-    elif len(images) == 1:
-        parts = [_probabilities(weights, images)]
-    else:
-        # A thread for each core, one pass in each: threads that share one small pass mostly wait for each other.
-        with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            parts = list(pool.map(lambda image: _probabilities(weights, image), images.split(1)))
+    batches = images.split(1 if weights.device == "cpu" else BATCH)
+    logits = _run(weights, lambda model, batch: model(batch), batches)
+    parts = [
+        _combined(weights, {name: values[part] for name, values in logits.items()}) for part in range(len(batches))
+    ]
     return {name: np.concatenate([part[name] for part in parts]) for name in weights.models}
 
 
-@torch.inference_mode()
-def _probabilities(weights: Weights, images: Tensor) -> dict[str, np.ndarray]:
-    images = images.to(weights.device)
-    logits = {name: model(images) for name, model in weights.models.items() if name != "ensemble"}
-    return _combined(weights, logits)
+def _run(weights: Weights, forward: Callable[[nn.Module, Tensor], R], batches: Sequence[Tensor]) -> dict[str, list[R]]:
+    """Take every batch through every model but the ensemble; returns what `forward` gives, a list for each model."""
+
+    @torch.inference_mode()
+    def task(model: nn.Module, batch: Tensor) -> R:
+        return forward(model, batch.to(weights.device))
+
+    names = [name for name in weights.models if name != "ensemble"]
+    # A card does one thing after the other; the cores of a CPU share out models and cells.
+    if weights.device != "cpu":
+        return {name: [task(weights.models[name], batch) for batch in batches] for name in names}
+    waiting = {name: [_CORES.submit(task, weights.models[name], batch) for batch in batches] for name in names}
+    return {name: [future.result() for future in futures] for name, futures in waiting.items()}
 
 
 @torch.inference_mode()
@@ -176,11 +182,9 @@ class Reader:
         Raises what `hep2.imaging.load_cell` raises.
         """
         cell = load_cell(source)
-        image = torch.from_numpy(cell.pixels)[None].to(self.weights.device)
-        single = {model: net for model, net in self.weights.models.items() if model != "ensemble"}
-        looked = {model: logits_and_maps(net, image) for model, net in single.items()}
-        answers = _combined(self.weights, {model: logits for model, (logits, _) in looked.items()})
-        maps = {model: values[0].cpu().numpy() for model, (_, values) in looked.items()}
+        looked = _run(self.weights, logits_and_maps, [torch.from_numpy(cell.pixels)[None]])
+        answers = _combined(self.weights, {model: logits for model, [(logits, _)] in looked.items()})
+        maps = {model: values[0].cpu().numpy() for model, [(_, values)] in looked.items()}
         maps["ensemble"] = np.mean([maps[model] for model in StackEnsemble.member_names], axis=0)
         return Explanation(Reading(name, cell, {m: values[0] for m, values in answers.items()}, self._origin), maps)
 

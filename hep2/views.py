@@ -40,12 +40,11 @@ def overlay(cell: np.ndarray, attention: np.ndarray) -> np.ndarray:
     return 0.45 * cell[..., None] + 0.55 * colour
 
 
-def verdict_html(explanation: Explanation, uploaded: np.ndarray, models: list[str], label: str = "") -> str:
-    """Show one reading: images, verdict, doubts, bars of the chosen models, maps, and what the pattern means."""
+def verdict_html(explanation: Explanation, uploaded: np.ndarray, truth: str = "") -> str:
+    """Show one reading: images, verdict, doubts, bars of all models, maps, and what the pattern means."""
     reading = explanation.reading
     cell = reading.cell.pixels[0]
     doubts = "".join(f"<li>{escape(doubt)}</li>" for doubt in doubts_of(reading))
-    truth = f'<p class="truth">{escape(label)}</p>' if label else ""
     return f"""
 <section class="reading" aria-label="Reading of {escape(reading.file)}">
   <div class="top">
@@ -57,13 +56,13 @@ def verdict_html(explanation: Explanation, uploaded: np.ndarray, models: list[st
       <p class="file">{escape(reading.file)}</p>
       <p class="name"><span class="dot" style="background:{COLOURS[reading.verdict]}"></span>{reading.verdict}</p>
       <p>{reading.probability:.1%} by the stack ensemble<br>{reading.agreement} of 4 models agree</p>
-      {truth}
+      <p>{escape(truth)}</p>
     </div>
   </div>
   <ul class="doubts">{doubts}</ul>
-  <div class="models">{"".join(_bars(reading, name) for name in models)}</div>
+  <div class="models">{"".join(_bars(reading, name) for name in reading.probabilities)}</div>
   <details><summary>Where did each model look?</summary>
-    <div class="models">{"".join(_map(explanation, name) for name in models)}</div>
+    <div class="models">{"".join(_map(explanation, name) for name in reading.probabilities)}</div>
     <p class="small">CNN and ResCNN: what spoke for their class (class activation). ViT: the patches it read (attention
     over all layers). Stack ensemble: the mean of CNN and ViT. Bright is much, dark is little.</p>
   </details>
@@ -223,7 +222,7 @@ def _bars(reading: Reading, name: str) -> str:
         _bar(label, float(p), f"{p:.1%}", COLOURS[label])
         for label, p in zip(CLASS_NAMES, reading.probabilities[name], strict=True)
     )
-    return f'<div><h3>{MODEL_TITLES[name]}</h3><ul class="bars">{rows}</ul></div>'
+    return f'<div data-model="{name}"><h3>{MODEL_TITLES[name]}</h3><ul class="bars">{rows}</ul></div>'
 
 
 def _bar(label: str, share: float, value: str, colour: str) -> str:
@@ -235,4 +234,4 @@ def _map(explanation: Explanation, name: str) -> str:
     cell, title = explanation.reading.cell.pixels[0], MODEL_TITLES[name]
     source = picture(overlay(cell, explanation.maps[name]))
     image = f'<img class="cell" src="{source}" alt="Map of what {title} looked at">'
-    return f"<figure>{image}<figcaption>{title}</figcaption></figure>"
+    return f'<figure data-model="{name}">{image}<figcaption>{title}</figcaption></figure>'

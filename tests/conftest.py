@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -64,9 +65,16 @@ def untrained(tmp_path_factory) -> Path:
     return save_untrained(tmp_path_factory.mktemp("untrained"))
 
 
+class Served(NamedTuple):
+    """A page that is being served."""
+
+    address: str
+    process: subprocess.Popen
+
+
 @contextmanager
-def serving_page(*arguments: str) -> Iterator[str]:
-    """Start the page as its users do, in a process of its own, and give its address."""
+def serving_page(*arguments: str) -> Iterator[Served]:
+    """Start the page as its users do, in a process of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -81,7 +89,7 @@ def serving_page(*arguments: str) -> Iterator[str]:
                 break
             except OSError:
                 time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/"
+        yield Served(f"http://127.0.0.1:{port}/", process)
     finally:
         process.terminate()
         process.wait(timeout=20)

@@ -200,8 +200,8 @@ def test_train_push_serve_and_classify(hub, tmp_path, capsys):
     assert train.main(arguments) == 0  # nothing is trained again
     files = hub.repositories[NAME].files("main")[1]
     assert len([path for path in files if path.startswith("examples/")]) == 30
-    with serving_page("--weights", NAME) as address:
-        client = Client(address, verbose=False)
+    with serving_page("--weights", NAME) as page:
+        client = Client(page.address, verbose=False)
         answer = client.predict(handle_file("examples/Golgi/1.png"), api_name="/classify")
         client.close()
     assert answer["weights"] == {"source": NAME, "revision": hub.repositories[NAME].refs["main"]}

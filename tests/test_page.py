@@ -20,8 +20,8 @@ FILE_SHOWN = "document.querySelector('.reading .file')?.textContent"
 
 @pytest.fixture(scope="module")
 def address():
-    with serving_page() as address:
-        yield address
+    with serving_page() as page:
+        yield page.address
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +113,10 @@ def test_the_choice_of_models_hides_bars_and_keeps_the_cell(visit):
     page = visit()
     click_example(page, 6)
     page.get_by_label("ViT").uncheck()
-    page.wait_for_function("document.querySelectorAll('.reading .bars').length === 3")
-    titles = page.locator(".reading .models h3").all_inner_texts()
-    assert titles == ["CNN", "ResCNN", "Stack ensemble"]
-    wait_for_reading(page, "Golgi 2")
+    titles = page.locator(".reading .models h3:visible")
+    playwright.expect(titles).to_have_text(["CNN", "ResCNN", "Stack ensemble"])
+    click_example(page, 7)
+    playwright.expect(titles).to_have_text(["CNN", "ResCNN", "Stack ensemble"])
 
 
 def test_maps_open_on_demand_and_every_image_has_a_text(visit):

@@ -1,5 +1,7 @@
 import base64
 import io
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +10,16 @@ from PIL import Image
 from hep2.imaging import Cell
 from hep2.patterns import CLASS_NAMES
 from hep2.reader import Explanation, Failure, Reading
-from hep2.views import counts_html, doubts_of, failure_html, models_html, picture, preview, verdict_html
+from hep2.views import (
+    counts_html,
+    doubts_of,
+    failure_html,
+    model_details_html,
+    models_html,
+    picture,
+    preview,
+    verdict_html,
+)
 from hep2.weights import load_weights
 
 
@@ -20,18 +31,18 @@ def reading(name="cell.png", *verdicts, warnings=(), sure=0.9) -> Reading:
     return Reading(name, Cell(np.zeros((1, 78, 78), np.float32), warnings), values, {})
 
 
-def page_of(one: Reading, models=("cnn", "vit"), label="") -> str:
+def page_of(one: Reading, truth="") -> str:
     maps = dict.fromkeys(one.probabilities, np.ones((78, 78)))
-    return verdict_html(Explanation(one, maps), np.eye(10, 20, dtype=np.float32), list(models), label)
+    return verdict_html(Explanation(one, maps), np.eye(10, 20, dtype=np.float32), truth)
 
 
-def test_verdict_html_shows_verdict_label_meaning_and_the_chosen_models_alone():
-    html = page_of(reading(), label="Golgi cell")
+def test_verdict_html_shows_verdict_truth_meaning_and_all_models():
+    html = page_of(reading(), truth="Golgi cell")
     for text in ("Golgi</p>", "90.0%", "4 of 4 models agree", "Golgi cell", "AC-22", "not a diagnosis", "10 by"):
         assert text in html
-    assert html.count('class="bars"') == 2
-    assert "<h3>ViT</h3>" in html
-    assert "<h3>ResCNN</h3>" not in html
+    assert html.count('class="bars"') == 4
+    for name in reading().probabilities:
+        assert html.count(f'data-model="{name}"') == 2
 
 
 def test_names_and_doubts_are_escaped():
@@ -68,8 +79,44 @@ def test_picture_is_a_png_in_a_data_uri():
     np.testing.assert_array_equal(np.asarray(image), [[0, 255], [255, 0]])
 
 
-def test_models_html_shows_the_sources_figures_and_the_revision(untrained):
+def result_of(accuracy: float) -> dict:
+    row = {"precision": 1.0, "recall": 0.5, "f1": 0.6667, "support": 1234}
+    return {
+        **dict.fromkeys(("accuracy", "mean_class_accuracy", "macro_f1"), accuracy),
+        "ece": 0.0123,
+        "per_class": dict.fromkeys(CLASS_NAMES, row),
+        "confusion": np.eye(6, dtype=int).tolist(),
+        "reliability": [{"probability": 0.9, "accuracy": 0.8, "cells": 10}],
+    }
+
+
+def test_models_html_sets_random_split_held_out_specimens_and_source_side_by_side(untrained):
     weights = load_weights(untrained)
-    html = models_html(weights)
-    assert weights.revision in html
-    assert html.count("the source's") == 4
+    assert weights.revision in models_html(weights)
+    assert "Held-out specimens were not measured" in models_html(weights)
+    names = list(weights.models)
+    specimen = {
+        "folds": 4,
+        "models": dict.fromkeys(names, result_of(0.8765)),
+        "blocks": {key: {"accuracy": 0.9, "right": 66, "total": 73, "wrong": []} for key in names},
+    }
+    measured = replace(
+        weights, metrics={"test_size": 60, "models": dict.fromkeys(names, result_of(0.9876)), "specimen": specimen}
+    )
+    html = models_html(measured)
+    assert (html.count("0.9876"), html.count("0.8765"), html.count("0.95<")) == (12, 12, 3)
+    assert "66 of 73" in html
+    assert "not measured" not in html
+
+
+def test_model_details_show_classes_confusion_calibration_and_curves(untrained, tmp_path):
+    weights = load_weights(untrained)
+    record = {f"{part}_{quantity}": 0.5 for part in ("train", "validation") for quantity in ("loss", "accuracy")}
+    for name in weights.models:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps({"epoch": n} | record) + "\n" for n in (1, 2)))
+    measured = replace(weights, folder=tmp_path, metrics={"models": dict.fromkeys(weights.models, result_of(0.9))})
+    html = model_details_html(measured)
+    assert html.count('class="confusion"') == html.count("1,234</td>") / 6 == 4
+    assert html.count('class="plate"') == 8
+    assert "2 epochs" in html
