@@ -204,6 +204,7 @@ The stack ensemble, class by class:
 | class | precision | recall | F1 | cells |
 |---|---|---|---|---|
 {classes}
+{_figures_text(weights)}
 {_specimen_text(metrics)}
 
 ## How they were trained
@@ -228,6 +229,13 @@ were given to specimens and inherited by their cells. Intensity (titre) cannot b
 
 Cells: {DEFAULT_DATASET}, from the contests on HEp-2 cell classification at ICPR and ICIP. Licence: MIT.
 """
+
+
+def _figures_text(weights: Weights) -> str:
+    """Show what figures the run has: the push sends them along."""
+    figures = {"confusion_ensemble.png": "Confusion matrix", "reliability_ensemble.png": "Reliability"}
+    figures |= {f"{name}/curves.png": f"Training of the {MODEL_TITLES[name]}" for name in MODELS}
+    return "".join(f"![{text}]({file})\n" for file, text in figures.items() if (weights.folder / file).is_file())
 
 
 def _specimen_text(metrics: dict) -> str:

@@ -76,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(401, {"error": "Invalid credentials in Authorization header"})
         elif self.path == "/api/repos/create":
             self.create(json.loads(body))
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|tag)/(.+)", self.path):
+        elif match := re.fullmatch(r"/api/(?:models|spaces)/([^/]+/[^/]+)/(preupload|commit|tag)/(.+)", self.path):
             repository = self.server.repositories[match[1]]
             getattr(self, match[2])(match[1], repository, unquote(match[3]), body)
         else:

@@ -1,7 +1,10 @@
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -61,6 +64,35 @@ def test_push_sends_all_in_one_commit_and_tags_it(hub, run):
     expected = {"README.md", "metrics.json", "cnn/log.jsonl", "examples/Golgi/00001.png", ".gitattributes"}
     expected |= {f"{name}/{file}" for name in MODELS for file in ("config.json", "model.safetensors")}
     assert set(files) == expected
+
+
+def test_card_shows_the_figures_that_travel(hub, run, tmp_path):
+    whole = shutil.copytree(run, tmp_path / "run")
+    (whole / "confusion_ensemble.png").write_bytes(b"\x89PNG")
+    (whole / "vit" / "curves.png").write_bytes(b"\x89PNG")
+    stage(whole, tmp_path / "staged", NAME)
+    card = (tmp_path / "staged" / "README.md").read_text()
+    shown = re.findall(r"!\[.+\]\((.+)\)", card)
+    assert shown == ["confusion_ensemble.png", "vit/curves.png"]
+    assert all((tmp_path / "staged" / file).is_file() for file in shown)
+
+
+def test_the_readmes_commands_make_a_space(hub, tmp_path):
+    text = (ROOT / "README.md").read_text()
+    commands = re.search(r"<!-- deploy -->\n```sh\n(.*?)```", text, re.DOTALL)[1].replace("OWNER/SPACE", "lab/cells")
+    create, upload = (line for line in commands.splitlines() if "create" in line or "upload" in line)
+    fork = tmp_path / "fork"
+    ignored = shutil.ignore_patterns("runs", ".git", "__pycache__", ".*_cache", "*.safetensors")
+    shutil.copytree(ROOT, fork, ignore=ignored)
+    (fork / "runs").mkdir()
+    (fork / "runs" / "checkpoint.pt").write_bytes(b"a pickle")
+    hf = str(Path(sys.executable).with_name("hf"))
+    for command in (create, upload):
+        subprocess.run([hf, *shlex.split(command)[1:]], cwd=fork, check=True, capture_output=True)
+    _, files = hub.repositories["lab/cells"].files("main")
+    assert {"app.py", "README.md", "requirements.txt", "hep2/models.py", "hep2/views.css"} <= set(files)
+    assert "examples/Golgi/1.png" in files
+    assert not [path for path in files if path.startswith(("runs/", ".git/", "tests/"))]
 
 
 def test_push_again_makes_another_commit_and_keeps_the_first_tag(hub, run):
