@@ -94,15 +94,15 @@ class Page:
         self.weights = reader.weights
         self.examples, self.examples_text = examples, examples_text
         # Seconds of a lent card at most; a Space with a card of its own, or none, is not limited.
-        self.explain = spaces.GPU(duration=15)(reader.explain)
-        self.read = spaces.GPU(duration=60)(reader.read)
-        self.read_together = Gathering(lambda named: list(self.read(named)))
+        self._explain = spaces.GPU(duration=15)(reader.explain)
+        self._read = spaces.GPU(duration=60)(reader.read)
+        self.read_together = Gathering(lambda named: list(self._read(named)))
 
     def show(self, chosen: Chosen) -> str:
         """Read one image and return what the page shows of it."""
         path, name, _, truth = chosen
         try:
-            explanation = self.explain(name, Path(path))
+            explanation = self._explain(name, Path(path))
             uploaded, _ = read_intensity(Path(path))
         except (ImageError, OSError) as error:
             return failure_html(Failure(name, str(error)))
@@ -123,7 +123,7 @@ class Page:
         """Read many images into a table, a chart of the counts and a CSV file."""
         if not paths:
             return [], "", None
-        readings = list(progress.tqdm(self.read(_named(paths)), total=len(paths), unit="cells", desc="Reading"))
+        readings = list(progress.tqdm(self._read(_named(paths)), total=len(paths), unit="cells", desc="Reading"))
         rows = [
             [reading.file, "", None, None, reading.error]
             if isinstance(reading, Failure)
@@ -154,9 +154,9 @@ class Page:
         Args:
             images: one cell each; PNG, JPEG, TIFF, BMP or WebP, 8 to 32 bit
         """
-        return [answer.as_dict() for answer in self.read(_named(images or []))]
+        return [answer.as_dict() for answer in self._read(_named(images or []))]
 
-    def explain_image(self, image: str | None) -> tuple[dict, list[tuple[Image.Image, str]]]:
+    def explain(self, image: str | None) -> tuple[dict, list[tuple[Image.Image, str]]]:
         """Read one image of a HEp-2 cell and tell where each model looked.
 
         Answers what classify answers, and for each model an 8-bit grey image of 78 x 78, bright where it looked.
@@ -167,7 +167,7 @@ class Page:
         if not image:
             return Failure("", NO_IMAGE).as_dict(), []
         try:
-            explanation = self.explain(Path(image).name, Path(image))
+            explanation = self._explain(Path(image).name, Path(image))
         except (ImageError, OSError) as error:
             return Failure(Path(image).name, str(error)).as_dict(), []
         maps = [(Image.fromarray((255 * values).round().astype("uint8")), n) for n, values in explanation.maps.items()]
@@ -280,7 +280,7 @@ def build(page: Page) -> gr.Blocks:
             maps, button = gr.Gallery(label="maps", format="png"), gr.Button()
         button.click(page.classify, image, reading, api_name="classify", concurrency_limit=TOGETHER)
         button.click(page.classify_batch, images, readings, api_name="classify_batch")
-        button.click(page.explain_image, image, [reading, maps], api_name="explain")
+        button.click(page.explain, image, [reading, maps], api_name="explain")
         button.click(page.models, None, known, api_name="models")
     return blocks
 

@@ -1,8 +1,10 @@
 import json
+import pickle
 import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
@@ -14,6 +16,8 @@ from packaging.requirements import Requirement
 from PIL import Image
 from uploads import uploads
 
+from app import examples_of
+from hep2.data import load_cells, split
 from hep2.patterns import CLASS_NAMES
 from hep2.phantoms import phantom_files
 from hep2.reader import Reader
@@ -189,6 +193,35 @@ def test_the_pages_own_events_open_no_other_file(web):
         kind, answer = call(web, name, [secret])
         assert kind == "error"
         assert "do not fit" in answer["error"]
+
+
+def test_examples_are_held_out_cells_where_the_weights_or_a_dataset_carry_them(untrained, tmp_path):
+    weights = load_weights(untrained)
+    drawn, text = examples_of(weights, None, tmp_path)
+    assert (len(drawn), drawn[7].truth) == (30, "Synthetic, drawn as Golgi")
+    assert "synthetic" in text
+
+    chosen, text = examples_of(weights, "phantoms:40", tmp_path)
+    assert "no model was trained on" in text
+    assert [one.caption for one in chosen] == [name for name in CLASS_NAMES for _ in range(5)]
+    cells = load_cells("phantoms:40")
+    test = {cells.names[position] for position in split(cells, "clean", 0).test}
+    assert {Path(one.path).name for one in chosen} <= test
+
+    carried = replace(weights, folder=tmp_path)
+    (tmp_path / "examples").mkdir()
+    for label in CLASS_NAMES[::-1]:
+        Path(chosen[0].path).parent.parent.joinpath(label).rename(tmp_path / "examples" / label)
+    again, text = examples_of(carried, None, tmp_path / "unused")
+    assert [one.truth for one in again] == [f"Its label: {name}" for name in CLASS_NAMES for _ in range(5)]
+    assert "no model was trained on" in text
+
+
+def test_what_a_lent_card_computes_can_travel_between_processes(untrained):
+    # On ZeroGPU readings are made in another process: arguments and answers must pickle.
+    reader = Reader(load_weights(untrained))
+    explanation = reader.explain("cell.png", Path("examples/Golgi/1.png"))
+    assert pickle.loads(pickle.dumps(explanation)).reading.as_dict() == explanation.reading.as_dict()
 
 
 def test_readme_carries_a_complete_space_configuration():
