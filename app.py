@@ -114,15 +114,15 @@ class Page:
     def show_upload(self, paths: list[str] | None) -> tuple:
         """Show a single image at once; hand many over to the tab that reads many. The box is ready for the next."""
         if not paths:
-            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            return gr.skip(), None, gr.skip(), gr.skip(), None
         if len(paths) > 1:
-            return gr.skip(), None, gr.Tabs(selected="many"), paths
-        return self.show(Chosen(paths[0], Path(paths[0]).name)), None, gr.skip(), gr.skip()
+            return gr.skip(), None, gr.Tabs(selected="many"), paths, paths
+        return self.show(Chosen(paths[0], Path(paths[0]).name)), None, gr.skip(), gr.skip(), None
 
     def read_many(self, paths: list[str] | None, progress=gr.Progress()) -> tuple:  # noqa: B008 (Gradio finds it here)
         """Read many images into a table, a chart of the counts and a CSV file."""
         if not paths:
-            return [], "", None
+            return gr.skip(), gr.skip(), gr.skip()
         readings = list(progress.tqdm(self._read(_named(paths)), total=len(paths), unit="cells", desc="Reading"))
         rows = [
             [reading.file, "", None, None, reading.error]
@@ -251,10 +251,10 @@ def build(page: Page) -> gr.Blocks:
             with gr.Tab("Many cells", id="many"):
                 many = gr.File(label=UPLOAD_LABEL, file_count="multiple", elem_id="upload-many", height=170)
                 gr.Markdown(UPLOAD_TEXT)
-                counts = gr.HTML(elem_id="counts")
+                counts = gr.HTML(counts_html([]), elem_id="counts")
                 table = gr.Dataframe(
                     headers=list(TABLE),
-                    column_widths=["190px", "125px", "115px", "125px", "420px"],
+                    column_widths=["190px", "125px", "115px", "125px", "580px"],
                     wrap=True,
                     max_height=480,
                     interactive=False,
@@ -262,6 +262,7 @@ def build(page: Page) -> gr.Blocks:
                     elem_id="table",
                 )
                 download = gr.File(label="All readings as CSV", interactive=False, elem_id="download")
+                handed = gr.File(file_count="multiple", visible=False)  # what came through the other tab's box
             with gr.Tab("Models", id="models") as models_tab:
                 gr.HTML(models_html(page.weights))
                 details = gr.HTML()
@@ -270,8 +271,12 @@ def build(page: Page) -> gr.Blocks:
         private = {"api_visibility": "private"}
         gallery.select(page.show_example, None, result, show_progress="hidden", **private)
         shown.change(None, shown, None, js=CHOOSE, **private)
-        upload.upload(page.show_upload, upload, [result, upload, tabs, many], **private)
-        many.change(page.read_many, many, [table, counts, download], **private)
+        read_many = {"fn": page.read_many, "outputs": [table, counts, download], "show_progress_on": counts, **private}
+        upload.upload(page.show_upload, upload, [result, upload, tabs, many, handed], **private).then(
+            inputs=handed, **read_many
+        )
+        many.upload(inputs=many, **read_many)
+        many.clear(lambda: ([], counts_html([]), None), None, [table, counts, download], **private)
         models_tab.select(lambda: page.model_details, None, details, **private)
 
         with gr.Row(visible=False):
