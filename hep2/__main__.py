@@ -32,11 +32,14 @@ def main(argv: list[str] | None = None) -> int:
     evaluate = commands.add_parser("evaluate", help="measure weights on test cells that they have not seen")
     _add_dataset(evaluate)
     evaluate.add_argument(
-        "--protocol", help="paper, clean or specimen (default: the one the weights were trained with)"
+        "--protocol",
+        help="paper, clean or specimen (default: the one the weights were trained with); specimen without --fold "
+        "trains and measures models on each of the four folds, and goes on where it was stopped",
     )
     evaluate.add_argument("--seed", type=int, help="of the split (default: the weights' own)")
     evaluate.add_argument("--fold", type=int, help="0 to 3, of the protocol 'specimen' (default: the weights' own)")
     evaluate.add_argument("--output", type=Path, required=True, metavar="DIR", help="for metrics.json and the rest")
+    evaluate.add_argument("--epochs", type=int, help="for the four folds, in place of the recipe's")
     _add_weights(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
@@ -114,6 +117,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from hep2.evaluation import class_report, comparison_table
     from hep2.pipeline import evaluate_weights
 
+    if arguments.protocol == "specimen" and arguments.fold is None:
+        return _evaluate_specimens(arguments)
     weights = _open_weights(arguments.weights)
     result = evaluate_weights(
         weights,
@@ -127,6 +132,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     print(comparison_table(result["models"]))
     print(f"\nStack ensemble, class by class\n{class_report(result['models']['ensemble'])}")
     print(f"\nmetrics.json, predictions.csv and figures are in {arguments.output}")
+    return 0
+
+
+def _evaluate_specimens(arguments: argparse.Namespace) -> int:
+    from accelerate import Accelerator
+
+    from hep2.data import load_cells
+    from hep2.specimens import evaluate_specimens, specimens_table
+
+    accelerator = Accelerator(mixed_precision="bf16")
+    changes = {} if arguments.epochs is None else {"epochs": arguments.epochs}
+    cells, seed = load_cells(arguments.dataset), arguments.seed or 0
+    result = evaluate_specimens(cells, arguments.output, seed=seed, changes=changes, accelerator=accelerator)
+    if accelerator.is_main_process:
+        print(f"{specimens_table(result)}\n\nmetrics.json and a folder for each fold are in {arguments.output}")
     return 0
 
 

@@ -28,7 +28,7 @@ from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET
 from hep2.reader import predict
 from hep2.recipes import ARCHITECTURES, RECIPES
 from hep2.training import Examples, Recipe, fit, predict_logits, write_atomically
-from hep2.weights import Weights, load_weights, save_model, write_json
+from hep2.weights import Weights, load_weights, read_json, save_model, write_json
 
 
 def train_models(
@@ -187,7 +187,7 @@ def evaluate_weights(
     """Measure weights on the test part of a protocol, and write `metrics.json`, `predictions.csv` and the figures.
 
     Protocol, seed and fold are those the weights were trained with, unless given. Returns the content of
-    `metrics.json`.
+    `metrics.json`, which takes in what `hep2.specimens` has left in `output/specimen`.
 
     Raises
     ------
@@ -212,6 +212,9 @@ def evaluate_weights(
         "revision": weights.revision,
         "models": {name: metrics(values, labels) for name, values in answers.items()},
     }
+    # Where the run was also measured on held-out specimens, its figures travel with the others.
+    if (output / "specimen" / "metrics.json").exists():
+        result["specimen"] = read_json(output / "specimen" / "metrics.json")
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "metrics.json", result)
     names = [cells.names[position] for position in test]

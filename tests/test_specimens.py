@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+from accelerate import Accelerator
+
+from hep2.data import CellFile, Cells, blocks_of, cells_from_files, specimen_blocks, split
+from hep2.patterns import CLASS_NAMES
+from hep2.phantoms import phantom_cell
+from hep2.specimens import (
+    evaluate_specimens,
+    nearest_neighbours,
+    read_blocks,
+    read_predictions,
+    simple_features,
+    specimens_table,
+)
+from hep2.weights import read_json
+
+
+@pytest.fixture(scope="module")
+def cells() -> Cells:
+    """Six phantoms of each block's class under IDs of the block: a dataset with specimens."""
+    random = np.random.default_rng(0)
+    files = [
+        CellFile(f"{block.first + number:05}.png", phantom_cell(block.class_name, random), block.class_name, "train")
+        for block in specimen_blocks()
+        for number in range(6)
+    ]
+    return cells_from_files(files, source="phantoms of specimens")
+
+
+def test_read_blocks_takes_the_mean_of_a_blocks_cells(cells):
+    block = blocks_of(cells)
+    answers = np.eye(6)[cells.labels]
+    assert read_blocks(answers, block) == {"accuracy": 1.0, "right": 73, "total": 73, "wrong": []}
+    # Two of six cells that are sure of another class turn no block; five do.
+    golgi = CLASS_NAMES.index("Golgi")
+    first = np.flatnonzero(block == 0)
+    answers[first[:2]] = np.eye(6)[golgi]
+    assert read_blocks(answers, block)["right"] == 73
+    answers[first[:5]] = np.eye(6)[golgi]
+    result = read_blocks(answers, block)
+    assert result["right"] == 72
+    assert result["wrong"] == [{"block": specimen_blocks()[0].name, "verdict": "Golgi", "cells": 6}]
+
+
+def test_simple_features_do_not_change_by_turning(cells):
+    images = cells.images[:5, 0].numpy()
+    features = simple_features(images)
+    assert features.shape == (5, 52)
+    np.testing.assert_allclose(simple_features(np.rot90(images, axes=(1, 2))), features, atol=0.02)
+
+
+def test_nearest_neighbours_tell_the_patterns_apart(cells):
+    result = nearest_neighbours(cells, [split(cells, "specimen", 0, 1)])
+    assert result["mean_class_accuracy"] > 0.5
+
+
+def test_evaluate_specimens_trains_every_fold_once_and_goes_on(cells, tmp_path, monkeypatch):
+    options = {"names": ("cnn",), "changes": {"epochs": 1}, "accelerator": Accelerator(cpu=True), "progress": False}
+    result = evaluate_specimens(cells, tmp_path, **options)
+    assert result == read_json(tmp_path / "metrics.json")
+    assert len(result["per_fold"]) == 4
+    tested = [len(read_predictions(tmp_path / f"fold-{fold}" / "predictions.csv")["cnn"]) for fold in range(4)]
+    assert sum(tested) == len(cells)
+    assert sum(row["support"] for row in result["models"]["cnn"]["per_class"].values()) == len(cells)
+    assert result["blocks"]["cnn"]["total"] == 73
+    assert "specimens right" in specimens_table(result)
+    # A second call finds everything done.
+    monkeypatch.setattr("hep2.specimens.evaluate_weights", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("hep2.training._Run.train_epoch", lambda *_: pytest.fail("trained again"))
+    assert evaluate_specimens(cells, tmp_path, **options) == result
