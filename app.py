@@ -2,8 +2,11 @@
 
 import argparse
 import csv
+import io
 import os
+import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +16,8 @@ import gradio as gr
 import spaces  # before PyTorch: on ZeroGPU it lends the card, elsewhere it does nothing
 import torch
 from gradio.blocks import BlockFunction
+from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import get_upload_folder
 from PIL import Image
 
 from hep2.data import load_cells
@@ -21,7 +26,7 @@ from hep2.hub import open_weights
 from hep2.imaging import ImageError, read_intensity
 from hep2.patterns import CLASS_NAMES
 from hep2.pipeline import held_out_examples
-from hep2.reader import Failure, Gathering, Reader, csv_header, csv_row
+from hep2.reader import Explanation, Failure, Gathering, Reader, csv_header, csv_row
 from hep2.views import counts_html, doubts_of, failure_html, model_details_html, models_html, verdict_html
 from hep2.weights import Weights
 
@@ -42,6 +47,7 @@ FITTING = (
     'as {"path": …, "meta": {"_type": "gradio.FileData"}}; no other paths, and no addresses of this machine'
 )
 TOGETHER = 8  # requests to /classify that are answered at once; more cost memory and gain nothing
+KEPT = (600, 3000)  # seconds: every ten minutes, files older than 50 minutes are deleted; they may be a patient's
 QUEUE = 256  # requests that may wait; one more is told that the page is busy
 # No font comes from elsewhere. Gradio's greys and mid-tones are too faint on their grounds for contrast AA.
 THEME = gr.themes.Soft(
@@ -93,23 +99,13 @@ class Page:
     def __init__(self, reader: Reader, examples: list[Chosen], examples_text: str) -> None:
         self.weights = reader.weights
         self.examples, self.examples_text = examples, examples_text
-        # Seconds of a lent card at most; a Space with a card of its own, or none, is not limited.
-        self._explain = spaces.GPU(duration=15)(reader.explain)
-        self._read = spaces.GPU(duration=60)(reader.read)
+        # On ZeroGPU these borrow a card for some seconds; with a card of one's own, or none, they are as they were.
+        self._explain = spaces.GPU(duration=10)(reader.explain)
+        self._read = spaces.GPU(duration=lambda named: 10 + len(named) // 100)(reader.read)
         self.read_together = Gathering(lambda named: list(self._read(named)))
 
-    def show(self, chosen: Chosen) -> str:
-        """Read one image and return what the page shows of it."""
-        path, name, _, truth = chosen
-        try:
-            explanation = self._explain(name, Path(path))
-            uploaded, _ = read_intensity(Path(path))
-        except (ImageError, OSError) as error:
-            return failure_html(Failure(name, str(error)))
-        return verdict_html(explanation, uploaded, truth)
-
     def show_example(self, event: gr.SelectData) -> str:
-        return self.show(self.examples[event.index])
+        return reading_html(self._explain, self.examples[event.index])
 
     def show_upload(self, paths: list[str] | None) -> tuple:
         """Show a single image at once; hand many over to the tab that reads many. The box is ready for the next."""
@@ -117,7 +113,8 @@ class Page:
             return gr.skip(), None, gr.skip(), gr.skip(), None
         if len(paths) > 1:
             return gr.skip(), None, gr.Tabs(selected="many"), paths, paths
-        return self.show(Chosen(paths[0], Path(paths[0]).name)), None, gr.skip(), gr.skip(), None
+        html = reading_html(self._explain, Chosen(paths[0], Path(paths[0]).name))
+        return html, None, gr.skip(), gr.skip(), None
 
     def read_many(self, paths: list[str] | None, progress=gr.Progress()) -> tuple:  # noqa: B008 (Gradio finds it here)
         """Read many images into a table, a chart of the counts and a CSV file."""
@@ -130,11 +127,11 @@ class Page:
             else [reading.file, reading.verdict, reading.probability, reading.agreement, " ".join(doubts_of(reading))]
             for reading in readings
         ]
-        file = Path(tempfile.mkdtemp(dir=Path(paths[0]).parent)) / "readings.csv"
-        with open(file, "w", newline="", encoding="utf-8") as opened:
-            models = list(self.weights.models)
-            csv.writer(opened).writerows([csv_header(models), *(csv_row(reading, models) for reading in readings)])
-        return rows, counts_html(readings), str(file)
+        text, models = io.StringIO(newline=""), list(self.weights.models)
+        csv.writer(text).writerows([csv_header(models), *(csv_row(reading, models) for reading in readings)])
+        # Where Gradio itself would put it, and deletes it in time: a copy elsewhere would stay.
+        file = save_bytes_to_cache(text.getvalue().encode(), "readings.csv", get_upload_folder())
+        return rows, counts_html(readings), file
 
     def classify(self, image: str | None) -> dict:
         """Read one image of a HEp-2 cell: verdict, its probability, and six probabilities of each of four models.
@@ -184,7 +181,18 @@ class Page:
         return model_details_html(self.weights)
 
 
-def _named(paths) -> list[tuple[str, Path]]:
+def reading_html(explain: Callable[[str, Path], Explanation], chosen: Chosen) -> str:
+    """Read one image and return what the page shows of it."""
+    path, name, _, truth = chosen
+    try:
+        explanation = explain(name, Path(path))
+        uploaded, _ = read_intensity(Path(path))
+    except (ImageError, OSError) as error:
+        return failure_html(Failure(name, str(error)))
+    return verdict_html(explanation, uploaded, truth)
+
+
+def _named(paths: Iterable[str]) -> list[tuple[str, Path]]:
     return [(Path(path).name, Path(path)) for path in paths]
 
 
@@ -221,11 +229,10 @@ class Blocks(gr.Blocks):
             raise gr.Error(message, print_exception=False) from error
 
 
-def build(page: Page) -> gr.Blocks:
-    """Lay out the page. Its first view shows a cell already read."""
+def build(page: Page, first: str) -> gr.Blocks:
+    """Lay out the page. `first` is the reading that a visitor finds."""
     titles = [(title, name) for name, title in MODEL_TITLES.items()]
-    # What is uploaded may be a patient's: every ten minutes, files older than 50 minutes are deleted.
-    with Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3000)) as blocks:
+    with Blocks(title=TITLE, analytics_enabled=False, delete_cache=KEPT) as blocks:
         gr.Markdown(INTRODUCTION)
         with gr.Tabs() as tabs:
             with gr.Tab("One cell", id="one"), gr.Row():
@@ -247,7 +254,7 @@ def build(page: Page) -> gr.Blocks:
                     )
                 with gr.Column(scale=7, min_width=320):
                     shown = gr.CheckboxGroup(titles, value=list(MODEL_TITLES), label="Models shown")
-                    result = gr.HTML(page.show(page.examples[0]), elem_id="result")
+                    result = gr.HTML(first, elem_id="result")
             with gr.Tab("Many cells", id="many"):
                 many = gr.File(label=UPLOAD_LABEL, file_count="multiple", elem_id="upload-many", height=170)
                 gr.Markdown(UPLOAD_TEXT)
@@ -290,8 +297,8 @@ def build(page: Page) -> gr.Blocks:
     return blocks
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Load the weights and serve the page."""
+def main(argv: list[str] | None = None) -> int:
+    """Load the weights and serve the page; returns the exit status."""
     parser = argparse.ArgumentParser(description="The page and API that read HEp-2 cells. Not for clinical use.")
     parser.add_argument(
         "--weights",
@@ -303,10 +310,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--host", default=None, help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=None)
     arguments = parser.parse_args(argv)
-    # The one place that names a device: training leaves it to accelerate.
-    reader = Reader(open_weights(arguments.weights).to("cuda" if torch.cuda.is_available() else "cpu"))
     with tempfile.TemporaryDirectory(prefix="hep2-examples-") as folder:
-        blocks = build(Page(reader, *examples_of(reader.weights, arguments.dataset, Path(folder))))
+        try:
+            weights = open_weights(arguments.weights)
+            examples, text = examples_of(weights, arguments.dataset, Path(folder))
+        except (ValueError, OSError) as error:
+            print(f"app.py: {error}", file=sys.stderr)
+            return 1
+        # The first view is read before the models move to a card, which ZeroGPU lends to requests alone.
+        first = reading_html(Reader(weights).explain, examples[0])
+        # The one place that names a device: training leaves it to accelerate.
+        reader = Reader(weights.to("cuda" if torch.cuda.is_available() else "cpu"))
+        blocks = build(Page(reader, examples, text), first)
         # Told of every finished job, those who wait would each gather a letter for all the others.
         blocks.queue(max_size=QUEUE, status_update_rate=1)
         blocks.launch(
@@ -325,7 +340,8 @@ def main(argv: list[str] | None = None) -> None:
             # With gradio[mcp] installed, the API's functions are tools for an assistant as well.
             mcp_server=find_spec("mcp") is not None,
         )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -70,6 +70,7 @@ class Served(NamedTuple):
 
     address: str
     process: subprocess.Popen
+    cache: Path  # where uploads and what is made for downloading lie
 
 
 @contextmanager
@@ -79,7 +80,8 @@ def serving_page(*arguments: str) -> Iterator[Served]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "app.py", *arguments, "--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}
+    cache = Path(tempfile.mkdtemp(prefix="hep2-page-"))
+    environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(cache)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     try:
         for _ in range(600):
@@ -89,7 +91,7 @@ def serving_page(*arguments: str) -> Iterator[Served]:
                 break
             except OSError:
                 time.sleep(0.2)
-        yield Served(f"http://127.0.0.1:{port}/", process)
+        yield Served(f"http://127.0.0.1:{port}/", process, cache)
     finally:
         process.terminate()
         process.wait(timeout=20)

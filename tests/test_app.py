@@ -3,6 +3,7 @@ import pickle
 import re
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 from uploads import uploads
 
-from app import examples_of
+import app
 from hep2.data import load_cells, split
 from hep2.patterns import CLASS_NAMES
 from hep2.phantoms import phantom_files
@@ -28,9 +29,14 @@ LEAKS = ("Traceback", "/tmp", "/usr", "/home", "/root", str(ROOT), "site-package
 
 
 @pytest.fixture(scope="module")
-def address(untrained):
+def page(untrained):
     with serving_page("--weights", str(untrained)) as page:
-        yield page.address
+        yield page
+
+
+@pytest.fixture(scope="module")
+def address(page):
+    return page.address
 
 
 @pytest.fixture(scope="module")
@@ -197,11 +203,11 @@ def test_the_pages_own_events_open_no_other_file(web):
 
 def test_examples_are_held_out_cells_where_the_weights_or_a_dataset_carry_them(untrained, tmp_path):
     weights = load_weights(untrained)
-    drawn, text = examples_of(weights, None, tmp_path)
+    drawn, text = app.examples_of(weights, None, tmp_path)
     assert (len(drawn), drawn[7].truth) == (30, "Synthetic, drawn as Golgi")
     assert "synthetic" in text
 
-    chosen, text = examples_of(weights, "phantoms:40", tmp_path)
+    chosen, text = app.examples_of(weights, "phantoms:40", tmp_path)
     assert "no model was trained on" in text
     assert [one.caption for one in chosen] == [name for name in CLASS_NAMES for _ in range(5)]
     cells = load_cells("phantoms:40")
@@ -212,7 +218,7 @@ def test_examples_are_held_out_cells_where_the_weights_or_a_dataset_carry_them(u
     (tmp_path / "examples").mkdir()
     for label in CLASS_NAMES[::-1]:
         Path(chosen[0].path).parent.parent.joinpath(label).rename(tmp_path / "examples" / label)
-    again, text = examples_of(carried, None, tmp_path / "unused")
+    again, text = app.examples_of(carried, None, tmp_path / "unused")
     assert [one.truth for one in again] == [f"Its label: {name}" for name in CLASS_NAMES for _ in range(5)]
     assert "no model was trained on" in text
 
@@ -222,6 +228,23 @@ def test_what_a_lent_card_computes_can_travel_between_processes(untrained):
     reader = Reader(load_weights(untrained))
     explanation = reader.explain("cell.png", Path("examples/Golgi/1.png"))
     assert pickle.loads(pickle.dumps(explanation)).reading.as_dict() == explanation.reading.as_dict()
+
+
+def test_uploads_and_downloads_lie_where_gradio_deletes_them_within_the_hour(web, page):
+    assert sum(app.KEPT) <= 3600
+    sent = [upload(web, f"private-{number}.png", Path("examples/Golgi/1.png").read_bytes()) for number in range(2)]
+    kind, (_, _, download) = call(web, "read_many", sent)
+    assert kind == "complete"
+    # What Gradio hands out is in its care; there must be no second copy.
+    assert list(page.cache.rglob("readings.csv")) == [Path(download["path"])]
+    assert len(list(page.cache.rglob("private-*"))) == 2
+    assert not list(Path(tempfile.gettempdir()).glob("private-*"))
+
+
+@pytest.mark.parametrize("arguments", [["--weights", "/nowhere"], ["--dataset", "/nowhere"]])
+def test_the_page_does_not_start_on_wrong_weights_or_dataset(arguments, capsys):
+    assert app.main(arguments) == 1
+    assert "/nowhere" in capsys.readouterr().err
 
 
 def test_readme_carries_a_complete_space_configuration():
