@@ -177,6 +177,17 @@ def test_many_files_of_every_kind_get_a_table_counts_and_a_csv(visit, tmp_path):
     assert "/tmp" not in shown
 
 
+def test_the_table_of_many_cells_can_be_sorted(visit):
+    page = visit()
+    names = ("Speckled", "Centromere", "NuMem")
+    give(page, *((f"{name}.png", Path(ROOT / f"examples/{name}/1.png").read_bytes()) for name in names))
+    first = page.locator("#table tr").filter(has_text=".png").first
+    playwright.expect(first).to_contain_text("Speckled.png", timeout=60_000)
+    page.get_by_label("Open cell menu").first.click()
+    page.get_by_role("menuitem", name="Sort ascending").click()
+    playwright.expect(first).to_contain_text("Centromere.png")
+
+
 def test_the_models_tab_shows_results_confusion_and_curves(visit):
     page = visit()
     page.get_by_role("tab", name="Models").click()
