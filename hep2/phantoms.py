@@ -147,7 +147,7 @@ def _speckled(nucleus: Nucleus, random: Random) -> np.ndarray:
     # Grains of uneven brightness throughout the nucleus, few of them very bright, the nucleoli left out, and a dim
     # grainy cytoplasm.
     shape = nucleus.depth.shape
-    fine = np.exp(random.uniform(0.5, 0.65) * grain(shape, random.uniform(0.8, 1.4), random))
+    fine = np.exp(random.uniform(0.45, 0.6) * grain(shape, random.uniform(0.8, 1.4), random))
     coarse = np.exp(0.25 * grain(shape, 4.0, random))
     nucleoli = _scatter(nucleus, random.integers(2, 5), 0.65, random, apart=12.0)
     holes = spots(shape, nucleoli, random.uniform(2.5, 4.0, len(nucleoli)), random.uniform(0.7, 0.95, len(nucleoli)))
