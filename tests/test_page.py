@@ -181,7 +181,7 @@ def test_the_table_of_many_cells_can_be_sorted(visit):
     page = visit()
     names = ("Speckled", "Centromere", "NuMem")
     give(page, *((f"{name}.png", Path(ROOT / f"examples/{name}/1.png").read_bytes()) for name in names))
-    first = page.locator("#table tr").filter(has_text=".png").first
+    first = page.locator("#table").get_by_role("row").filter(has_text=".png").first
     playwright.expect(first).to_contain_text("Speckled.png", timeout=60_000)
     page.get_by_label("Open cell menu").first.click()
     page.get_by_role("menuitem", name="Sort ascending").click()
