@@ -1,6 +1,5 @@
 import json
 import pickle
-import re
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from conftest import ROOT, serving_page
 from gradio_client import Client, handle_file
 from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
+from page_api import call, upload
 from PIL import Image
 from uploads import uploads
 
@@ -50,20 +50,6 @@ def client(address):
 def web(address):
     with httpx2.Client(base_url=address, timeout=120) as web:
         yield web
-
-
-def upload(web, name: str, data: bytes) -> dict:
-    answer = web.post("gradio_api/upload", files={"files": (name, data)})
-    assert answer.status_code == 200, answer.text
-    return {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}}
-
-
-def call(web, endpoint: str, *arguments) -> tuple[str, object]:
-    """Call the API as curl does; returns the last event, complete or error, and its data."""
-    event = web.post(f"gradio_api/call/{endpoint}", json={"data": list(arguments)}).json()["event_id"]
-    text = web.get(f"gradio_api/call/{endpoint}/{event}").text
-    kind, data = re.findall(r"event: (\w+)\ndata: (.*)", text)[-1]
-    return kind, json.loads(data)
 
 
 def test_classify_answers_what_the_reader_says(client, untrained):

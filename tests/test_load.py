@@ -9,27 +9,16 @@ from pathlib import Path
 import httpx2
 import pytest
 from conftest import serving_page
+from page_api import call, upload
 
 pytestmark = pytest.mark.load
 CELL = Path("examples/Golgi/1.png").read_bytes()
 
 
-def upload(web) -> dict:
-    path = web.post("gradio_api/upload", files={"files": ("cell.png", CELL)}).json()[0]
-    return {"path": path, "meta": {"_type": "gradio.FileData"}}
-
-
-def ask(web, image: dict) -> tuple[str, object]:
-    event = web.post("gradio_api/call/classify", json={"data": [image]}).json()["event_id"]
-    text = web.get(f"gradio_api/call/classify/{event}").text
-    kind, data = re.findall(r"event: (\w+)\ndata: (.*)", text)[-1]
-    return kind, json.loads(data)
-
-
 def client(address: str, requests: int) -> list[tuple[str, object]]:
     with httpx2.Client(base_url=address, timeout=300) as web:
-        image = upload(web)
-        return [ask(web, image) for _ in range(requests)]
+        image = upload(web, "cell.png", CELL)
+        return [call(web, "classify", image) for _ in range(requests)]
 
 
 def resident_megabytes(pid: int) -> float:
@@ -67,7 +56,7 @@ def test_64_clients_with_20_requests_each_are_all_answered():
 
 def test_beyond_the_queues_bound_a_caller_is_told_that_the_page_is_busy():
     with serving_page() as page, httpx2.Client(base_url=page.address, timeout=300) as web:
-        image = upload(web)
+        image = upload(web, "cell.png", CELL)
 
         def push(_) -> httpx2.Response:
             return httpx2.post(f"{page.address}gradio_api/call/classify", json={"data": [image]}, timeout=300)
@@ -83,4 +72,4 @@ def test_beyond_the_queues_bound_a_caller_is_told_that_the_page_is_busy():
             if push(None).status_code == 200:
                 break
             time.sleep(1)
-        assert ask(web, image)[0] == "complete"
+        assert call(web, "classify", image)[0] == "complete"
