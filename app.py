@@ -21,13 +21,12 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from hep2.data import load_cells
-from hep2.evaluation import MODEL_TITLES
 from hep2.hub import open_weights
-from hep2.imaging import ImageError, read_intensity
-from hep2.patterns import CLASS_NAMES
+from hep2.imaging import Cell, ImageError, load_cell, make_cell, read_intensity
+from hep2.patterns import CLASS_NAMES, MODEL_TITLES
 from hep2.pipeline import held_out_examples
 from hep2.reader import Explanation, Failure, Gathering, Reader, csv_header, csv_row
-from hep2.views import counts_html, doubts_of, failure_html, model_details_html, models_html, verdict_html
+from hep2.views import NO_VERDICT, counts_html, failure_html, model_details_html, models_html, verdict_html
 from hep2.weights import Weights
 
 SYNTHETIC = Path(__file__).with_name("examples")
@@ -124,7 +123,13 @@ class Page:
         rows = [
             [reading.file, "", None, None, reading.error]
             if isinstance(reading, Failure)
-            else [reading.file, reading.verdict, reading.probability, reading.agreement, " ".join(doubts_of(reading))]
+            else [
+                reading.file,
+                reading.verdict or NO_VERDICT,
+                reading.probability,
+                reading.agreement,
+                "; ".join(reading.warnings),
+            ]
             for reading in readings
         ]
         text, models = io.StringIO(newline=""), list(self.weights.models)
@@ -164,7 +169,7 @@ class Page:
         if not image:
             return Failure("", NO_IMAGE).as_dict(), []
         try:
-            explanation = self._explain(Path(image).name, Path(image))
+            explanation = self._explain(Path(image).name, load_cell(Path(image)))
         except (ImageError, OSError) as error:
             return Failure(Path(image).name, str(error)).as_dict(), []
         maps = [(Image.fromarray((255 * values).round().astype("uint8")), n) for n, values in explanation.maps.items()]
@@ -181,15 +186,15 @@ class Page:
         return model_details_html(self.weights)
 
 
-def reading_html(explain: Callable[[str, Path], Explanation], chosen: Chosen) -> str:
+def reading_html(explain: Callable[[str, Cell], Explanation], chosen: Chosen) -> str:
     """Read one image and return what the page shows of it."""
     path, name, _, truth = chosen
     try:
-        explanation = explain(name, Path(path))
-        uploaded, _ = read_intensity(Path(path))
+        uploaded, notes = read_intensity(Path(path))
+        cell = make_cell(uploaded, notes)
     except (ImageError, OSError) as error:
         return failure_html(Failure(name, str(error)))
-    return verdict_html(explanation, uploaded, truth)
+    return verdict_html(explain(name, cell), uploaded, truth)
 
 
 def _named(paths: Iterable[str]) -> list[tuple[str, Path]]:

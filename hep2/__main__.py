@@ -1,4 +1,4 @@
-"""The command line: `python -m hep2 classify | evaluate | audit | phantoms`."""
+"""The command line: `python -m hep2 classify | evaluate | stress | audit | phantoms`."""
 
 import argparse
 import csv
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES
 
 if TYPE_CHECKING:
     from hep2.weights import Weights
@@ -42,6 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--epochs", type=int, help="for the four folds, in place of the recipe's")
     _add_weights(evaluate)
     evaluate.set_defaults(run=_evaluate)
+
+    stress = commands.add_parser("stress", help="spoil test cells, and give images that are no cells")
+    _add_dataset(stress)
+    stress.add_argument("--json", action="store_true", help="one JSON object in place of the tables")
+    _add_weights(stress)
+    stress.set_defaults(run=_stress)
 
     audit = commands.add_parser("audit", help="count a dataset's classes and find its duplicates")
     _add_dataset(audit)
@@ -86,7 +92,6 @@ def _open_weights(name: str | None) -> "Weights":
 
 
 def _classify(arguments: argparse.Namespace) -> int:
-    from hep2.evaluation import MODEL_TITLES
     from hep2.reader import Failure, Reader, csv_header, csv_row
 
     reader = Reader(_open_weights(arguments.weights))
@@ -103,11 +108,14 @@ def _classify(arguments: argparse.Namespace) -> int:
         elif arguments.csv:
             table.writerow(csv_row(reading, reader.weights.models))
         elif not isinstance(reading, Failure):
-            print(f"{reading.file}: {reading.verdict} {reading.probability:.1%}, {reading.agreement} of 4 models agree")
+            verdict = "no verdict"
+            if not reading.refused:
+                verdict = f"{reading.verdict} {reading.probability:.1%}, {reading.agreement} of 4 models agree"
+            print(f"{reading.file}: {verdict}")
             for name, values in reading.probabilities.items():
                 bars = "  ".join(f"{label} {p:.1%}" for label, p in zip(CLASS_NAMES, values, strict=True))
                 print(f"  {MODEL_TITLES[name]:15} {bars}")
-            for warning in reading.cell.warnings:
+            for warning in reading.warnings:
                 print(f"  note: {warning}")
     return int(failed)
 
@@ -147,6 +155,17 @@ def _evaluate_specimens(arguments: argparse.Namespace) -> int:
     result = evaluate_specimens(cells, arguments.output, seed=seed, changes=changes, accelerator=accelerator)
     if accelerator.is_main_process:
         print(f"{specimens_table(result)}\n\nmetrics.json and a folder for each fold are in {arguments.output}")
+    return 0
+
+
+def _stress(arguments: argparse.Namespace) -> int:
+    from hep2.data import load_cells
+    from hep2.pipeline import stress_weights
+    from hep2.stress import stress_tables
+
+    weights = _open_weights(arguments.weights)
+    result = stress_weights(weights, load_cells(arguments.dataset), arguments.dataset)
+    print(json.dumps(result) if arguments.json else stress_tables(result))
     return 0
 
 

@@ -29,19 +29,74 @@ def augment_paper(images: Tensor, angle_index: Tensor, generator: Generator) -> 
 
 
 def augment_tuned(
-    images: Tensor, generator: Generator, *, shift: int = 6, gain: float = 0.2, offset: float = 0.05
+    images: Tensor,
+    generator: Generator,
+    *,
+    shift: int = 6,
+    gain: float = 0.2,
+    offset: float = 0.05,
+    zoom: float = 0.0,
+    sharpness: float = 0.0,
+    haze: float = 0.0,
+    noise: float = 0.0,
 ) -> Tensor:
-    """Turn, mirror, shift, and change gain, gamma and offset, without ever interpolating.
+    """Turn, mirror, shift, and change gain, gamma and offset; if asked, scale, focus, haze and noise as well.
 
     Fine texture tells Speckled from Homogeneous, and a rotation by a free angle blurs it: quarter turns, mirrors and
-    shifts by whole pixels move pixels and leave their values alone.
+    shifts by whole pixels move pixels and leave their values alone. `zoom`, `sharpness`, `haze` and `noise` do what
+    sets one specimen off from the next: magnification, focus, how much of the stain lies diffusely in and round the
+    nucleus, and how faint the light was. What comes out is stretched as every image is.
     """
     images = dihedral(images, generator)
+    if zoom:
+        images = rescale(images, zoom, generator)
     images = translate(images, shift, generator)
+    if sharpness or haze:
+        images = refocus(images, sharpness, haze, generator)
+    if noise:
+        grain = torch.randn(images.shape, generator=generator).to(images.device)
+        images = images + noise * _uniform(images, generator).square() * grain
+    if sharpness or haze or noise:
+        images = stretch(images)
     gamma = torch.exp(gain * (2 * _uniform(images, generator) - 1))
     scale = 1 + gain * (2 * _uniform(images, generator) - 1)
-    images = images.pow(gamma) * scale + offset * (2 * _uniform(images, generator) - 1)
+    images = images.clamp(0, 1).pow(gamma) * scale + offset * (2 * _uniform(images, generator) - 1)
     return images.clamp(0, 1)
+
+
+def rescale(images: Tensor, zoom: float, generator: Generator) -> Tensor:
+    """Scale each image about its centre by up to 1 + `zoom` or down to the inverse, mirroring at the border."""
+    factor = torch.exp(math.log1p(zoom) * (2 * _uniform(images, generator).flatten() - 1))
+    zero = torch.zeros_like(factor)
+    affine = torch.stack([torch.stack([1 / factor, zero, zero], 1), torch.stack([zero, 1 / factor, zero], 1)], 1)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+
+
+def refocus(images: Tensor, sharpness: float, haze: float, generator: Generator) -> Tensor:
+    """Change the focus of each image, and the haze: the share of light that is spread over some pixels.
+
+    The finest detail is divided by up to exp(2 x `sharpness`), or multiplied by up to exp(`sharpness`). Added to the
+    image is a blurred copy of itself, 3 to 10 pixels wide, between -0.4 and 4.6 times `haze`, and mostly little.
+    """
+    rows, columns = images.shape[-2:]
+    squared = torch.fft.fftfreq(rows)[:, None].square() + torch.fft.rfftfreq(columns).square()
+    squared = squared.to(images.device)  # spatial frequency in cycles a pixel, (rows, columns / 2 + 1)
+    strength = sharpness * (3 * _uniform(images, generator) - 2)
+    width = 3 * (10 / 3) ** _uniform(images, generator)
+    amount = haze * (5 * _uniform(images, generator) ** 3 - 0.4)
+    focus = torch.exp(strength * (squared / 0.25).clamp(max=1))
+    transfer = focus * (1 + amount * torch.exp(-2 * math.pi**2 * width**2 * squared))
+    return torch.fft.irfft2(torch.fft.rfft2(images) * transfer, s=(rows, columns))
+
+
+def stretch(images: Tensor) -> Tensor:
+    """Stretch each image as `hep2.imaging.prepare` does: the 1st percentile to 0, the 99th to 1."""
+    count = images[0].numel()
+    ordered = images.flatten(1).sort(1).values
+    low, high = ordered[:, round(0.01 * (count - 1))], ordered[:, round(0.99 * (count - 1))]
+    low, high = low.view(-1, 1, 1, 1), high.view(-1, 1, 1, 1)
+    return ((images - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
 
 
 def dihedral(images: Tensor, generator: Generator) -> Tensor:

@@ -10,11 +10,9 @@ from matplotlib.figure import Figure
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 from torch import Tensor
 
-from hep2.models import MODELS
-from hep2.patterns import CLASS_NAMES, SOURCE_RESULTS
+from hep2.patterns import CLASS_NAMES, MODEL_TITLES, SOURCE_RESULTS
 
 CALIBRATION_BINS = 15
-MODEL_TITLES = dict(zip(MODELS, ("CNN", "ResCNN", "ViT", "Stack ensemble"), strict=True))
 
 
 def metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict:

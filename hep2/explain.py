@@ -9,18 +9,22 @@ from hep2.patterns import IMAGE_SIZE
 
 
 @torch.inference_mode()
-def logits_and_maps(model: CNN | ViT, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits (batch, 6) and maps (batch, 78, 78) in [0, 1] of what spoke for each image's verdict.
+def look(model: CNN | ViT, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits (batch, 6), pooled features (batch, width), and maps (batch, 78, 78) in [0, 1].
+
+    The maps tell what spoke for each image's verdict.
 
     For the convolutional models the map is the class activation of the verdict (Zhou et al. 2016), which adds up to
     its logit exactly, as the head is linear in the average. For the ViT it is the attention rolled out over the layers
     (Abnar and Zuidema 2020): how much of each patch the head reads, whatever the class.
     """
     if isinstance(model, ViT):
-        logits, coarse = _attention(model, images)
+        pooled, coarse = _attention(model, images)
+        logits = model.head(pooled)
     else:
         features = model.forward_features(images)  # (batch, channels, 5, 5)
-        logits = model.head(model.pool(features))
+        pooled = model.pool(features)
+        logits = model.head(pooled)
         weight = model.head.weight[logits.argmax(1)]  # (batch, channels)
         coarse = torch.einsum("bc,bchw->bhw", weight, features).clamp(min=0)
     # The 80 pixels that the first convolution makes of 78 are laid back on them by leaving out the rim.
@@ -28,7 +32,7 @@ def logits_and_maps(model: CNN | ViT, images: Tensor) -> tuple[Tensor, Tensor]:
     fine = F.interpolate(coarse[:, None], size=(side, side), mode="bicubic", align_corners=False)[:, 0]
     rim = (side - IMAGE_SIZE) // 2
     fine = fine[:, rim : rim + IMAGE_SIZE, rim : rim + IMAGE_SIZE].clamp(min=0)
-    return logits, fine / fine.amax((1, 2), keepdim=True).clamp(min=1e-9)
+    return logits, pooled, fine / fine.amax((1, 2), keepdim=True).clamp(min=1e-9)
 
 
 def _attention(model: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,4 +58,4 @@ def _attention(model: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
     side = IMAGE_SIZE // model.config.patch_size
     coarse = read[:, 1:].reshape(-1, side, side)
     # Every patch gets its even share by the skips: only what lies above the least says anything.
-    return model.head(model.pool(tokens)), coarse - coarse.amin((1, 2), keepdim=True)
+    return model.pool(tokens), coarse - coarse.amin((1, 2), keepdim=True)

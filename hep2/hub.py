@@ -17,9 +17,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hep2.evaluation import MODEL_TITLES
 from hep2.models import MODELS
-from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, SOURCE_RESULTS
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES, SOURCE_RESULTS
 from hep2.weights import BUNDLED, Weights, load_weights
 
 # All that is ever fetched: JSON, safetensors and pictures. A pickle in a repository is neither fetched nor opened.

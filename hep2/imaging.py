@@ -63,7 +63,17 @@ def load_cell(source: ImageSource) -> Cell:
         If it is no readable image, is truncated, empty, constant, holds NaN or infinity, or has more than 50 million
         pixels. It is a ValueError, and its message says which, and what to do.
     """
-    intensity, notes = read_intensity(source)
+    return make_cell(*read_intensity(source))
+
+
+def make_cell(intensity: np.ndarray, notes: list[str]) -> Cell:
+    """Prepare what `read_intensity` gave, for a caller that needs the image as it came as well.
+
+    Raises
+    ------
+    ImageError
+        If the image is constant.
+    """
     return Cell(prepare(intensity), tuple(notes + _doubts(intensity)))
 
 

@@ -60,6 +60,9 @@ class CNN(nn.Module):
         )
         self.head = nn.Linear(last, CLASSES)
 
+    def early_layers(self) -> list[nn.Module]:
+        return [self.stem, self.blocks[0]]
+
     def forward_features(self, images: Tensor) -> Tensor:
         features = self.stem(images)  # (batch, 32, 80, 80)
         for block in self.blocks:
@@ -245,6 +248,27 @@ class StackEnsemble(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.linear(self.member_probabilities(images))
+
+
+class Refusal(nn.Module):
+    """Scores what some models see in an image, their pooled features side by side: (batch, features) to (batch,).
+
+    `members` names the models. A linear layer on standardised features. An image that scores below `threshold` is
+    refused. Learning from images that are no cells is outlier exposure (Hendrycks et al. 2019); that one layer on the
+    features will do is our finding.
+    """
+
+    def __init__(self, members: tuple[str, ...], features: int) -> None:
+        super().__init__()
+        self.members = members
+        self.linear = nn.Linear(features, 1)
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("spread", torch.ones(features))
+        self.register_buffer("threshold", torch.tensor(torch.finfo(torch.float32).min))  # refuses nothing
+
+    def forward(self, features: Tensor) -> Tensor:
+        # A photograph drives some features far off: one of them alone shall not decide.
+        return self.linear(((features.float() - self.mean) / self.spread).clamp(-8, 8))[:, 0]
 
 
 MODELS = {"cnn": CNN, "rescnn": ResCNN, "vit": ViT, "ensemble": StackEnsemble}

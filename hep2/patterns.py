@@ -73,6 +73,8 @@ PATTERNS = (
 )
 CLASS_NAMES = tuple(pattern.name for pattern in PATTERNS)
 
+MODEL_TITLES = {"cnn": "CNN", "rescnn": "ResCNN", "vit": "ViT", "ensemble": "Stack ensemble"}
+
 # What the source, a course report, gives for its own four models on 2,039 test cells of its own random split
 # (its Table 3, and the weakest figures of its Tables 4 to 7).
 SOURCE_RESULTS = {

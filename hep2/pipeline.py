@@ -14,7 +14,6 @@ from sklearn.model_selection import train_test_split
 
 from hep2.data import Cells, Split, blocks_of, dataset_files, split
 from hep2.evaluation import (
-    MODEL_TITLES,
     draw_confusion,
     draw_curves,
     draw_reliability,
@@ -24,11 +23,13 @@ from hep2.evaluation import (
 )
 from hep2.imaging import read_intensity
 from hep2.models import MODELS, SpecimenSupervision, StackEnsemble, build_model
-from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES
 from hep2.reader import predict
 from hep2.recipes import ARCHITECTURES, RECIPES
+from hep2.refusal import fit_refusal
+from hep2.stress import measure_refusals, measure_robustness
 from hep2.training import Examples, Recipe, fit, predict_logits, write_atomically
-from hep2.weights import Weights, load_weights, read_json, save_model, write_json
+from hep2.weights import Weights, load_weights, read_json, save_model, save_refusal, write_json
 
 
 def train_models(
@@ -125,7 +126,7 @@ def _train_ensemble(
                 )
     ensemble = StackEnsemble(*members.models.values(), tuple(map(members.temperature, StackEnsemble.member_names)))
     ensemble.eval()
-    images, labels = _examples(cells, parts.validation)
+    images, labels, _ = _examples(cells, parts.validation)
     with torch.no_grad():
         inputs = torch.cat([ensemble.member_probabilities(batch) for batch in images.split(256)])
     if labels.bincount(minlength=len(CLASS_NAMES)).min() < 5:
@@ -149,7 +150,24 @@ def _train_ensemble(
     if accelerator.is_main_process:
         temperature = fit_temperature(ensemble.linear.cpu()(inputs), labels)
         _save(output, "ensemble", ensemble, settings, origin, history, temperature, accelerator)
+        train_refusal(cells, parts, output, origin)
     accelerator.wait_for_everyone()
+
+
+def train_refusal(cells: Cells, parts: Split, output: Path, origin: dict) -> None:
+    """Teach the single models in `output` what is no cell: see `hep2.refusal`."""
+    members = tuple(name for name in MODELS if name != "ensemble" and (output / name / "config.json").exists())
+    weights = load_weights(output, members)
+
+    @torch.inference_mode()
+    def features_of(images: torch.Tensor) -> torch.Tensor:
+        batches = images.split(64)
+        every = ([model.pool(model.forward_features(batch)) for batch in batches] for model in weights.models.values())
+        return torch.cat([torch.cat(features) for features in every], dim=1).clone()
+
+    train, validation = cells.images[parts.train], cells.images[parts.validation]
+    refusal = fit_refusal(members, features_of, train, validation, origin["seed"])
+    save_refusal(output, refusal, members, training=origin)
 
 
 def _save(
@@ -200,7 +218,7 @@ def evaluate_weights(
     fold = (trained["fold"] or 0) if fold is None else fold
     test = split(cells, protocol, seed, fold).test
     check_unseen(weights, cells, test)
-    answers = predict(weights, cells.images[test])
+    answers, refused = predict(weights, cells.images[test])
     labels = cells.labels[test].numpy()
     result = {
         "protocol": protocol,
@@ -210,7 +228,9 @@ def evaluate_weights(
         "dataset": cells.source,
         "dataset_fingerprint": cells.fingerprint,
         "revision": weights.revision,
+        # Measured over all cells, those that would get no verdict among them.
         "models": {name: metrics(values, labels) for name, values in answers.items()},
+        "refused": float(refused.mean()),
     }
     # Where the run was also measured on held-out specimens, its figures travel with the others.
     if (output / "specimen" / "metrics.json").exists():
@@ -227,12 +247,35 @@ def evaluate_weights(
     return result
 
 
+def stress_weights(weights: Weights, cells: Cells, dataset: str | Path) -> dict:
+    """Measure weights on spoilt cells of the test part of their own split, and on images that are no cells."""
+    test, trained = _own_test(weights, cells), weights.configs["ensemble"]["training"]
+    check_unseen(weights, cells, test)
+    wanted = {cells.names[position]: int(cells.labels[position]) for position in test}
+    published = [file for file in dataset_files(dataset) if file.name in wanted]
+    images = [read_intensity(file.image)[0] for file in published]
+    labels = np.array([wanted[file.name] for file in published])
+    return {
+        "protocol": trained["protocol"],
+        "seed": trained["seed"],
+        "test_size": len(test),
+        "revision": weights.revision,
+        "robustness": measure_robustness(weights, images, labels),
+        "refusals": measure_refusals(weights, cells.images[test][:, 0].numpy()),
+    }
+
+
+def _own_test(weights: Weights, cells: Cells) -> np.ndarray:
+    """Return the positions of the test part of the split that the weights were trained by."""
+    trained = weights.configs["ensemble"]["training"]
+    return split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0).test
+
+
 def held_out_examples(
     weights: Weights, cells: Cells, dataset: str | Path, per_class: int = 5
 ) -> dict[str, tuple[str, bytes]]:
     """Draw cells of each class from the test part of the weights' own split: file name to class name and PNG bytes."""
-    trained = weights.configs["ensemble"]["training"]
-    test = split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0).test
+    test, trained = _own_test(weights, cells), weights.configs["ensemble"]["training"]
     random = np.random.default_rng(trained["seed"])
     chosen = [
         random.permutation(test[cells.labels.numpy()[test] == label])[:per_class] for label in range(len(CLASS_NAMES))

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hep2.explain import logits_and_maps
+from hep2.explain import look
 from hep2.imaging import Cell, ImageError, ImageSource, load_cell
 from hep2.models import StackEnsemble, probabilities
-from hep2.patterns import CLASS_NAMES
+from hep2.patterns import CLASS_NAMES, MODEL_TITLES
 from hep2.weights import Weights
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -23,6 +23,7 @@ T, R = TypeVar("T"), TypeVar("R")
 BATCH = 64
 # One pass in each of these threads: threads that share a pass as small as this one mostly wait for each other.
 _CORES = ThreadPoolExecutor(torch.get_num_threads(), "cores", initializer=torch.set_num_threads, initargs=(1,))
+LOW_CONFIDENCE = 0.7  # below this probability of the verdict a reading says so
 DIGITS = 6  # of a probability in an answer; what lies behind depends on the machine
 
 
@@ -42,25 +43,48 @@ class Reading:
     """What the models say of one cell.
 
     `probabilities` maps each model to an array of shape (6,), calibrated, in the order of `CLASS_NAMES`. The verdict
-    is the ensemble's; `agreement` counts the models, the ensemble among them, that say the same.
+    is the ensemble's; `agreement` counts the models, the ensemble among them, that say the same. An image that is
+    `refused`, being no cell of the six patterns, has no verdict, and what the models say of it means nothing.
     """
 
     file: str
     cell: Cell
     probabilities: dict[str, np.ndarray]
+    refused: bool
     weights: dict[str, str]
 
     @property
-    def verdict(self) -> str:
-        return CLASS_NAMES[int(self.probabilities["ensemble"].argmax())]
+    def verdict(self) -> str | None:
+        return None if self.refused else CLASS_NAMES[int(self.probabilities["ensemble"].argmax())]
 
     @property
-    def probability(self) -> float:
-        return round(float(self.probabilities["ensemble"].max()), DIGITS)
+    def probability(self) -> float | None:
+        return None if self.refused else round(float(self.probabilities["ensemble"].max()), DIGITS)
 
     @property
-    def agreement(self) -> int:
-        return sum(CLASS_NAMES[int(p.argmax())] == self.verdict for p in self.probabilities.values())
+    def agreement(self) -> int | None:
+        return None if self.refused else list(self._said.values()).count(self.verdict)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What speaks against trusting the verdict, in words: refusal, disagreement, low confidence, odd images."""
+        warnings = list(self.cell.warnings)
+        if self.refused:
+            return [
+                "refused: this does not look like a HEp-2 cell of the six patterns; give one sharp cell, bright on "
+                "dark, whose nucleus fills most of the image",
+                *warnings,
+            ]
+        dissent = [f"{MODEL_TITLES[name]} says {said}" for name, said in self._said.items() if said != self.verdict]
+        if dissent:
+            warnings.append(f"disagreement: {', '.join(dissent)}")
+        if self.probability < LOW_CONFIDENCE:
+            warnings.append(f"low confidence: the verdict has a probability of {self.probability:.0%}")
+        return warnings
+
+    @property
+    def _said(self) -> dict[str, str]:
+        return {name: CLASS_NAMES[int(values.argmax())] for name, values in self.probabilities.items()}
 
     def as_dict(self) -> dict:
         return {
@@ -72,23 +96,38 @@ class Reading:
                 name: {label: round(float(p), DIGITS) for label, p in zip(CLASS_NAMES, values, strict=True)}
                 for name, values in self.probabilities.items()
             },
-            "warnings": list(self.cell.warnings),
+            "warnings": self.warnings,
             "weights": self.weights,
         }
 
 
-def predict(weights: Weights, images: Tensor) -> dict[str, np.ndarray]:
-    """Return calibrated probabilities (cells, 6), float32, of each model for images (cells, 1, 78, 78).
+class Predictions(NamedTuple):
+    """Calibrated probabilities (cells, 6), float32, of each model, and which cells are refused, bool (cells,)."""
+
+    probabilities: dict[str, np.ndarray]
+    refused: np.ndarray
+
+
+def predict(weights: Weights, images: Tensor) -> Predictions:
+    """Let all models read images (cells, 1, 78, 78), float32 in [0, 1].
 
     On a CPU each cell is a pass of its own, which costs no more than its share of a batch, and a cell gets the same
     answer to the last digit whatever it comes together with. On a GPU cells go in batches.
     """
     batches = images.split(1 if weights.device == "cpu" else BATCH)
-    logits = _run(weights, lambda model, batch: model(batch), batches)
+    passes = _run(weights, _logits_and_features, batches)
     parts = [
-        _combined(weights, {name: values[part] for name, values in logits.items()}) for part in range(len(batches))
+        _combined(weights, {name: values[part] for name, values in passes.items()}) for part in range(len(batches))
     ]
-    return {name: np.concatenate([part[name] for part in parts]) for name in weights.models}
+    return Predictions(
+        {name: np.concatenate([part.probabilities[name] for part in parts]) for name in weights.models},
+        np.concatenate([part.refused for part in parts]),
+    )
+
+
+def _logits_and_features(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    features = model.pool(model.forward_features(images))
+    return model.head(features), features
 
 
 def _run(weights: Weights, forward: Callable[[nn.Module, Tensor], R], batches: Sequence[Tensor]) -> dict[str, list[R]]:
@@ -107,15 +146,20 @@ def _run(weights: Weights, forward: Callable[[nn.Module, Tensor], R], batches: S
 
 
 @torch.inference_mode()
-def _combined(weights: Weights, logits: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Turn the single models' logits into calibrated probabilities of all."""
-    result = {name: probabilities(values, weights.temperature(name)) for name, values in logits.items()}
+def _combined(weights: Weights, passes: dict[str, tuple[Tensor, Tensor]]) -> Predictions:
+    """Turn the single models' logits and pooled features into probabilities of all, and refusals."""
+    result = {name: probabilities(logits, weights.temperature(name)) for name, (logits, _) in passes.items()}
     if "ensemble" in weights.models:
         # The stack takes the probabilities that its members have just given, and does not run them again.
         stacked = torch.cat([result[name] for name in StackEnsemble.member_names], dim=1)
         stacked = weights.models["ensemble"].linear(stacked)
         result["ensemble"] = probabilities(stacked, weights.temperature("ensemble"))
-    return {name: values.cpu().numpy() for name, values in result.items()}
+    first = next(iter(result.values()))
+    refused = torch.zeros(len(first), dtype=torch.bool)
+    if weights.refusal is not None:
+        features = torch.cat([passes[name][1].float() for name in weights.refusal.members], dim=1)
+        refused = weights.refusal(features) < weights.refusal.threshold
+    return Predictions({name: values.cpu().numpy() for name, values in result.items()}, refused.cpu().numpy())
 
 
 def csv_header(models: Iterable[str]) -> list[str]:
@@ -127,7 +171,7 @@ def csv_header(models: Iterable[str]) -> list[str]:
 def csv_row(answer: Reading | Failure, models: Iterable[str]) -> list:
     """Give one answer as a line of a table; what a failure lacks is left empty."""
     values = answer.as_dict()
-    first = [values.get(column, "") for column in ("file", "verdict", "probability", "agreement")]
+    first = [values.get(column) for column in ("file", "verdict", "probability", "agreement")]
     models = values.get("models", {model: {} for model in models}).values()
     numbers = [model.get(name, "") for model in models for name in CLASS_NAMES]
     return [*first, *numbers, "; ".join(values.get("warnings", [])), values.get("error", "")]
@@ -176,21 +220,18 @@ class Reader:
         """Read image files in order, each under the name it was given by."""
         return self.read((str(path), Path(path)) for path in paths)
 
-    def explain(self, name: str, source: ImageSource) -> Explanation:
-        """Read one image and say where each model looked, in one forward pass.
-
-        Raises what `hep2.imaging.load_cell` raises.
-        """
-        cell = load_cell(source)
-        looked = _run(self.weights, logits_and_maps, [torch.from_numpy(cell.pixels)[None]])
-        answers = _combined(self.weights, {model: logits for model, [(logits, _)] in looked.items()})
-        maps = {model: values[0].cpu().numpy() for model, [(_, values)] in looked.items()}
+    def explain(self, name: str, cell: Cell) -> Explanation:
+        """Read one cell and say where each model looked, in one forward pass."""
+        looked = _run(self.weights, look, [torch.from_numpy(cell.pixels)[None]])
+        answers = _combined(self.weights, {model: passed[:2] for model, [passed] in looked.items()})
+        maps = {model: values[0].cpu().numpy() for model, [(_, _, values)] in looked.items()}
         maps["ensemble"] = np.mean([maps[model] for model in StackEnsemble.member_names], axis=0)
-        return Explanation(Reading(name, cell, {m: values[0] for m, values in answers.items()}, self._origin), maps)
+        return Explanation(self._reading(name, cell, answers, 0), maps)
 
-    @property
-    def _origin(self) -> dict[str, str]:
-        return {"source": self.weights.source, "revision": self.weights.revision}
+    def _reading(self, name: str, cell: Cell, answers: Predictions, position: int) -> Reading:
+        origin = {"source": self.weights.source, "revision": self.weights.revision}
+        own = {model: values[position] for model, values in answers.probabilities.items()}
+        return Reading(name, cell, own, bool(answers.refused[position]), origin)
 
     def _read_batch(self, batch: list[tuple[str, Cell | Failure]]) -> Iterator[Reading | Failure]:
         cells = [cell for _, cell in batch if isinstance(cell, Cell)]
@@ -202,7 +243,7 @@ class Reader:
             if isinstance(cell, Failure):
                 yield cell
                 continue
-            yield Reading(name, cell, {model: values[position] for model, values in answers.items()}, self._origin)
+            yield self._reading(name, cell, answers, position)
             position += 1
 
 

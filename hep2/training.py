@@ -6,7 +6,8 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -37,8 +38,14 @@ class Recipe:
     label_smoothing: float = 0.0
     gradient_norm: float | None = None  # clipped to this
     augmentation: Literal["none", "paper", "tuned"] = "none"
+    gain: float = 0.2  # how far the tuned augmentation changes gain and gamma; see `hep2.augmentation`
+    zoom: float = 0.0  # the same for scale,
+    sharpness: float = 0.0  # for focus,
+    haze: float = 0.0  # for diffuse stain,
+    noise: float = 0.0  # and for noise
     cutmix: float = 0.0  # share of the batches in which a patch of each image comes from another
-    class_balance: Literal["none", "weights", "sampling"] = "none"
+    style_mixing: float = 0.0  # share of the batches whose cells exchange the statistics of their early features
+    class_balance: Literal["none", "weights", "sampling", "specimens"] = "none"
     specimen_supervision: bool = False  # the labels tell specimens apart too; see `hep2.models.SpecimenSupervision`
     ema_decay: float | None = None  # weights are averaged over the steps with this decay, and the average is kept
     patience: int | None = None  # stop after this many epochs without a better validation loss; keep the best
@@ -58,15 +65,19 @@ _CHOICES = {
     "optimizer": ("sgd", "adamw"),
     "schedule": ("constant", "one-cycle"),
     "augmentation": ("none", "paper", "tuned"),
-    "class_balance": ("none", "weights", "sampling"),
+    "class_balance": ("none", "weights", "sampling", "specimens"),
 }
 
 
 class Examples(NamedTuple):
-    """Inputs float32 of shape (examples, …), for images (examples, 1, 78, 78), and labels int64 of (examples,)."""
+    """Inputs float32 of shape (examples, …), for images (examples, 1, 78, 78), and labels int64 of (examples,).
+
+    `specimens`, int64 of (examples,), is needed by recipes that draw specimens evenly.
+    """
 
     inputs: Tensor
     labels: Tensor
+    specimens: Tensor | None = None
 
 
 def fit(
@@ -130,10 +141,14 @@ class _Run:
         # Convolutions run about a third faster with the channels last, on CPUs and GPUs alike.
         self.model = model.to(accelerator.device, memory_format=torch.channels_last)
         self.train, self.validation = (
-            Examples(*(part.to(accelerator.device) for part in examples)) for examples in (train, validation)
+            Examples(*(None if part is None else part.to(accelerator.device) for part in examples))
+            for examples in (train, validation)
         )
         self.classes = int(train.labels.max()) + 1
         self.class_weights = _class_weights(self.train.labels) if recipe.class_balance == "weights" else None
+        if recipe.style_mixing:
+            for layer in model.early_layers():
+                layer.register_forward_hook(partial(mix_style, share=recipe.style_mixing))
         self.averaged = None
         if recipe.ema_decay is not None:
             self.averaged = AveragedModel(model, avg_fn=_moving_average(recipe.ema_decay), use_buffers=True)
@@ -254,8 +269,10 @@ def _identity(
     """Return what must be the same for a run to go on: all that decides its steps."""
     # Under a constant rate the number of epochs changes no step: such a run can be made longer.
     same_path = {"epochs"} if recipe.schedule == "constant" else set()
+    default = {field.name: field.default for field in fields(Recipe)}
+    changed = {key: value for key, value in asdict(recipe).items() if value != default[key]}
     return {
-        "recipe": {key: value for key, value in asdict(recipe).items() if key not in same_path},
+        "recipe": {key: value for key, value in changed.items() if key not in same_path},
         "seed": seed,
         "model": repr(model),
         "examples": [len(train.labels), len(validation.labels), int(train.labels.sum()), float(train.inputs.mean())],
@@ -296,6 +313,22 @@ def cutmix(images: Tensor, targets: Tensor, generator: Generator) -> tuple[Tenso
     return images, (1 - share) * targets + share * targets[other]
 
 
+def mix_style(layer: nn.Module, inputs: tuple, features: Tensor, *, share: float) -> Tensor:
+    """Mix each image's mean and spread per channel with another's: MixStyle (Zhou et al. 2021), as a forward hook.
+
+    Those statistics carry much of how a slide was stained and imaged. Acts in training alone, on `share` of the
+    batches, with a weight from Beta(0.1, 0.1), as there.
+    """
+    if not layer.training or torch.rand(()) >= share:
+        return features
+    known = features.detach().float()
+    mean, spread = known.mean((2, 3), keepdim=True), known.std((2, 3), keepdim=True) + 1e-6
+    other = torch.randperm(len(features), device=features.device)
+    weight = torch.distributions.Beta(0.1, 0.1).sample((len(features), 1, 1, 1)).to(features.device)
+    new_mean, new_spread = weight * mean + (1 - weight) * mean[other], weight * spread + (1 - weight) * spread[other]
+    return (features - mean.to(features)) * (new_spread / spread).to(features) + new_mean.to(features)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file whole or not at all, whatever happens meanwhile."""
     temporary = path.with_name(f".{path.name}.part")
@@ -313,29 +346,39 @@ def _examples_per_epoch(train: Examples, recipe: Recipe) -> int:
 def _batches(train: Examples, recipe: Recipe, generator: Generator) -> tuple[Tensor, ...]:
     """Shuffle the examples of one epoch into batches of nearly the same size, none larger than the recipe's."""
     count = _examples_per_epoch(train, recipe)
-    if recipe.class_balance == "sampling":
+    if recipe.class_balance in ("sampling", "specimens"):
         weight = _class_weights(train.labels.cpu())[train.labels.cpu()]
+        if recipe.class_balance == "specimens":
+            weight = _weights_of_specimens(train.labels.cpu(), train.specimens.cpu())
         order = torch.multinomial(weight, count, replacement=True, generator=generator)
     else:
         order = torch.randperm(count, generator=generator)
     return order.tensor_split(-(-count // recipe.batch_size))
 
 
-def _augmented(train: Examples, index: Tensor, recipe: Recipe, generator: Generator) -> Examples:
+def _augmented(train: Examples, index: Tensor, recipe: Recipe, generator: Generator) -> tuple[Tensor, Tensor]:
     # In the paper's recipe example i is cell i % n under rotation i // n, which makes its 57,102 out of 9,517.
     cell, angle = index % len(train.labels), index // len(train.labels)
     inputs, labels = train.inputs[cell], train.labels[cell]
     if recipe.augmentation == "paper":
         inputs = augment_paper(inputs, angle, generator)
     elif recipe.augmentation == "tuned":
-        inputs = augment_tuned(inputs, generator)
-    return Examples(inputs, labels)
+        jitter = {name: getattr(recipe, name) for name in ("gain", "zoom", "sharpness", "haze", "noise")}
+        inputs = augment_tuned(inputs, generator, **jitter)
+    return inputs, labels
 
 
 def _class_weights(labels: Tensor) -> Tensor:
     """Return a weight for each class, inverse to its count, 1 on average over the examples."""
     counts = labels.bincount().clamp(min=1)
     return len(labels) / (len(counts) * counts)
+
+
+def _weights_of_specimens(labels: Tensor, specimens: Tensor) -> Tensor:
+    """Return a weight for each example under which all classes, and in a class all specimens, weigh the same."""
+    cells = specimens.bincount()[specimens]
+    weight = 1 / cells.double()  # every specimen weighs 1 in all
+    return weight / torch.zeros(int(labels.max()) + 1, dtype=torch.float64).index_add(0, labels, weight)[labels]
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -9,12 +9,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hep2.evaluation import MODEL_TITLES, draw_curves, draw_reliability
-from hep2.patterns import CLASS_NAMES, ICAP_URL, PATTERNS, SOURCE_RESULTS
+from hep2.evaluation import draw_curves, draw_reliability
+from hep2.patterns import CLASS_NAMES, ICAP_URL, MODEL_TITLES, PATTERNS, SOURCE_RESULTS
 from hep2.reader import Explanation, Failure, Reading
 from hep2.weights import Weights
 
 COLOURS = {pattern.name: pattern.colour for pattern in PATTERNS}
+NO_VERDICT = "no verdict"
 PREVIEW = 320  # largest side of a picture of an upload, in pixels
 
 
@@ -44,7 +45,7 @@ def verdict_html(explanation: Explanation, uploaded: np.ndarray, truth: str = ""
     """Show one reading: images, verdict, doubts, bars of all models, maps, and what the pattern means."""
     reading = explanation.reading
     cell = reading.cell.pixels[0]
-    doubts = "".join(f"<li>{escape(doubt)}</li>" for doubt in doubts_of(reading))
+    doubts = "".join(f"<li>{escape(doubt[0].upper() + doubt[1:])}.</li>" for doubt in reading.warnings)
     return f"""
 <section class="reading" aria-label="Reading of {escape(reading.file)}">
   <div class="top">
@@ -54,8 +55,7 @@ def verdict_html(explanation: Explanation, uploaded: np.ndarray, truth: str = ""
       <figcaption>what the models see</figcaption></figure>
     <div class="verdict" aria-live="polite">
       <p class="file">{escape(reading.file)}</p>
-      <p class="name"><span class="dot" style="background:{COLOURS[reading.verdict]}"></span>{reading.verdict}</p>
-      <p>{reading.probability:.1%} by the stack ensemble<br>{reading.agreement} of 4 models agree</p>
+      {_headline(reading)}
       <p>{escape(truth)}</p>
     </div>
   </div>
@@ -66,20 +66,17 @@ def verdict_html(explanation: Explanation, uploaded: np.ndarray, truth: str = ""
     <p class="small">CNN and ResCNN: what spoke for their class (class activation). ViT: the patches it read (attention
     over all layers). Stack ensemble: the mean of CNN and ViT. Bright is much, dark is little.</p>
   </details>
-  {meaning_html(reading.verdict)}
+  {"" if reading.refused else meaning_html(reading.verdict)}
 </section>"""
 
 
-def doubts_of(reading: Reading) -> list[str]:
-    """Say in words what speaks against trusting a verdict."""
-    doubts = list(reading.cell.warnings)
-    others = {MODEL_TITLES[n]: CLASS_NAMES[int(p.argmax())] for n, p in reading.probabilities.items()}
-    dissent = [f"{title} says {name}" for title, name in others.items() if name != reading.verdict]
-    if dissent:
-        doubts.append("The models disagree: " + ", ".join(dissent) + ".")
-    if reading.probability < 0.7:
-        doubts.append(f"Low confidence: the verdict has {reading.probability:.0%}.")
-    return doubts
+def _headline(reading: Reading) -> str:
+    if reading.refused:
+        return f"""<p class="name">{NO_VERDICT.capitalize()}</p>
+      <p>The bars below are what the models would say if it were a cell: they mean nothing here.</p>"""
+    dot = f'<span class="dot" style="background:{COLOURS[reading.verdict]}"></span>'
+    return f"""<p class="name">{dot}{reading.verdict}</p>
+      <p>{reading.probability:.1%} by the stack ensemble<br>{reading.agreement} of 4 models agree</p>"""
 
 
 def meaning_html(verdict: str) -> str:
@@ -107,8 +104,9 @@ def counts_html(readings: list[Reading | Failure]) -> str:
     rows = "".join(
         _bar(name, verdicts.count(name) / most, str(verdicts.count(name)), COLOURS[name]) for name in CLASS_NAMES
     )
-    failed = len(readings) - len(verdicts)
-    tail = f'<p class="small">{failed} could not be read: see the table.</p>' if failed else ""
+    remarks = {"got no verdict": verdicts.count(None), "could not be read": len(readings) - len(verdicts)}
+    tail = ", ".join(f"{count} {text}" for text, count in remarks.items() if count)
+    tail = f'<p class="small">{tail}: see the table.</p>' if tail else ""
     return f'<section class="reading"><h3>{len(verdicts)} cells</h3><ul class="bars">{rows}</ul>{tail}</section>'
 
 

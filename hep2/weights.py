@@ -1,5 +1,7 @@
 """A folder of trained weights: one folder a model with `config.json` and `model.safetensors`, and `metrics.json`.
 
+Beside the models lies `refusal`, a small layer on what they see, which knows images that are no cells.
+
 The same layout lies inside the package (`hep2/bundled`), in a training run's output and in a Hub repository.
 Only JSON and safetensors are ever read.
 """
@@ -15,13 +17,14 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from hep2.imaging import PREPROCESSING
-from hep2.models import MODELS, StackEnsemble, build_model
+from hep2.models import MODELS, Refusal, StackEnsemble, build_model
 from hep2.patterns import CLASS_NAMES
 from hep2.training import write_atomically
 
 FORMAT = 1
 BUNDLED = Path(__file__).with_name("bundled")
 CONFIG_FIELDS = {"format", "model", "architecture", "labels", "preprocessing", "training", "calibration", "metrics"}
+REFUSAL_FIELDS = {"format", "members", "preprocessing", "training"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +41,14 @@ class Weights:
     source: str
     revision: str
     folder: Path
+    refusal: Refusal | None = None  # absent where it was not trained
     device: str = "cpu"
     notes: tuple[str, ...] = ()  # what was odd about getting them, in words
 
     def to(self, device: str) -> "Weights":
         """Move the models to a device."""
-        return replace(self, device=device, models={n: m.to(device) for n, m in self.models.items()})
+        refusal = self.refusal and self.refusal.to(device)
+        return replace(self, device=device, refusal=refusal, models={n: m.to(device) for n, m in self.models.items()})
 
     def history(self, name: str) -> list[dict]:
         """Return the records of a model's training epochs, or none if they did not travel with it."""
@@ -89,6 +94,20 @@ def save_model(
     write_json(directory / "config.json", config)
 
 
+def save_refusal(folder: Path, refusal: Refusal, members: tuple[str, ...], *, training: dict) -> None:
+    """Write into `folder/refusal` what knows images that are no cells; it reads features of the models `members`."""
+    directory = folder / "refusal"
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {
+        "format": FORMAT,
+        "members": {name: _digest(folder / name) for name in members},
+        "preprocessing": PREPROCESSING,
+        "training": training,
+    }
+    write_atomically(directory / "model.safetensors", save(refusal.state_dict()))
+    write_json(directory / "config.json", config)
+
+
 def load_weights(
     folder: Path | str = BUNDLED,
     names: tuple[str, ...] = tuple(MODELS),
@@ -97,7 +116,7 @@ def load_weights(
     revision: str | None = None,
     notes: tuple[str, ...] = (),
 ) -> Weights:
-    """Load the named models strictly, and with the ensemble its members.
+    """Load the named models strictly, with the ensemble its members, and the refusal if it and its members are there.
 
     Raises
     ------
@@ -129,15 +148,19 @@ def load_weights(
                 raise ValueError(f"{folder / name / 'config.json'}: {error}") from error
             _load_tensors(models[name], path)
         models[name].eval()
+    refusal = _load_refusal(folder / "refusal", models) if (folder / "refusal").is_dir() else None
+    if refusal is None and "ensemble" in models:
+        notes += ("these weights give every image a verdict: they were not taught what is no cell",)
     metrics_path = folder / "metrics.json"
+    read = [*models, "refusal"] if refusal is not None else list(models)
     return Weights(
         models=models,
         configs=configs,
         metrics=read_json(metrics_path) if metrics_path.exists() else {},
         source=source or ("bundled" if folder == BUNDLED else str(folder)),
-        revision=revision
-        or hashlib.sha256("".join(_digest(folder / name) for name in models).encode()).hexdigest()[:12],
+        revision=revision or hashlib.sha256("".join(_digest(folder / name) for name in read).encode()).hexdigest()[:12],
         folder=folder,
+        refusal=refusal,
         notes=notes,
     )
 
@@ -187,6 +210,26 @@ def _load_ensemble(folder: Path, path: Path, models: dict[str, nn.Module], confi
     ensemble = StackEnsemble(*(models[member] for member in StackEnsemble.member_names), temperatures)
     _load_tensors(ensemble.linear, path)
     return ensemble
+
+
+def _load_refusal(directory: Path, models: dict[str, nn.Module]) -> Refusal | None:
+    config = read_json(directory / "config.json")
+    path = directory / "config.json"
+    if config.get("format") != FORMAT or set(config) != REFUSAL_FIELDS or config["preprocessing"] != PREPROCESSING:
+        raise ValueError(f"{path} does not fit this version; expected {sorted(REFUSAL_FIELDS)} of format {FORMAT}")
+    members = config["members"]
+    if not isinstance(members, dict) or not set(members) <= set(MODELS) - {"ensemble"}:
+        raise ValueError(f"{path}: members is {members!r}, expected single models and their digests")
+    if not set(members) <= set(models):
+        return None
+    found = {name: _digest(directory.parent / name) for name in members}
+    if members != found:
+        raise ValueError(
+            f"{path}: it was fitted on members {members}, but the folder holds {found}; train the ensemble again"
+        )
+    refusal = Refusal(tuple(members), sum(models[name].head.in_features for name in members))
+    _load_tensors(refusal, directory / "model.safetensors")
+    return refusal.eval()
 
 
 def _load_tensors(module: nn.Module, path: Path) -> None:

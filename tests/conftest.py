@@ -22,8 +22,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.pop("HF_TOKEN", None)
 
 from hep2.data import Cells, load_cells
-from hep2.models import StackEnsemble, build_model
-from hep2.weights import save_model
+from hep2.models import Refusal, StackEnsemble, build_model
+from hep2.weights import save_model, save_refusal
 
 ROOT = Path(__file__).parents[1]
 TRAINING = {
@@ -56,6 +56,9 @@ def save_untrained(folder: Path, seed: int = 0) -> Path:
     models["ensemble"] = StackEnsemble(models["cnn"], models["vit"])
     for name, model in models.items():
         save_model(folder, name, model, training=TRAINING, temperature=1.5)
+    members = ("cnn", "rescnn", "vit")
+    features = sum(models[name].head.in_features for name in members)
+    save_refusal(folder, Refusal(members, features), members, training=TRAINING)
     return folder
 
 

@@ -19,6 +19,7 @@ from uploads import uploads
 
 import app
 from hep2.data import load_cells, split
+from hep2.imaging import load_cell
 from hep2.patterns import CLASS_NAMES
 from hep2.phantoms import phantom_files
 from hep2.reader import Reader
@@ -212,7 +213,7 @@ def test_examples_are_held_out_cells_where_the_weights_or_a_dataset_carry_them(u
 def test_what_a_lent_card_computes_can_travel_between_processes(untrained):
     # On ZeroGPU readings are made in another process: arguments and answers must pickle.
     reader = Reader(load_weights(untrained))
-    explanation = reader.explain("cell.png", Path("examples/Golgi/1.png"))
+    explanation = reader.explain("cell.png", load_cell("examples/Golgi/1.png"))
     assert pickle.loads(pickle.dumps(explanation)).reading.as_dict() == explanation.reading.as_dict()
 
 

@@ -1,15 +1,15 @@
 import pytest
 import torch
 
-from hep2.explain import logits_and_maps
+from hep2.explain import look
 from hep2.models import build_model
 
 
 @pytest.mark.parametrize("name", ["cnn", "rescnn", "vit"])
-def test_logits_and_maps_gives_the_forward_pass_and_a_map_of_the_cell(name, phantoms):
+def test_look_gives_the_forward_pass_and_a_map_of_the_cell(name, phantoms):
     torch.manual_seed(0)
     model = build_model(name).eval()
-    logits, maps = logits_and_maps(model, phantoms.images[:3])
+    logits, _, maps = look(model, phantoms.images[:3])
     with torch.inference_mode():
         torch.testing.assert_close(logits, model(phantoms.images[:3]))
     assert maps.shape == (3, 78, 78)
@@ -30,7 +30,7 @@ def test_class_activation_points_at_what_speaks_for_the_class():
         model.head.bias.zero_()
     image = torch.zeros(1, 1, 78, 78)
     image[..., :30, 45:] = 1
-    _, maps = logits_and_maps(model, image)
+    _, _, maps = look(model, image)
     assert maps[0, :30, 48:].mean() > 5 * maps[0, 45:, :30].mean()
 
 
@@ -47,6 +47,6 @@ def test_attention_points_at_the_patch_that_the_class_token_attends_to():
         model.positions.normal_()
         model.positions[..., 0] = 0
         model.positions[0, 1 + 5 * 13 + 7, 0] = 30
-    _, maps = logits_and_maps(model, torch.zeros(1, 1, 78, 78))
+    _, _, maps = look(model, torch.zeros(1, 1, 78, 78))
     row, column = divmod(int(maps[0].argmax()), 78)
     assert (row // 6, column // 6) == (5, 7)

@@ -62,7 +62,7 @@ def test_push_sends_all_in_one_commit_and_tags_it(hub, run):
     files = repository.commits[commit]
     assert files["examples/Golgi/00001.png"] == b"\x89PNG a cell"
     expected = {"README.md", "metrics.json", "cnn/log.jsonl", "examples/Golgi/00001.png", ".gitattributes"}
-    expected |= {f"{name}/{file}" for name in MODELS for file in ("config.json", "model.safetensors")}
+    expected |= {f"{name}/{file}" for name in [*MODELS, "refusal"] for file in ("config.json", "model.safetensors")}
     assert set(files) == expected
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from hep2.imaging import Cell, load_cell
 from hep2.patterns import CLASS_NAMES
 from hep2.phantoms import phantom_cell
 from hep2.reader import BATCH, Failure, Reader, Reading, predict
@@ -52,10 +53,31 @@ def test_reading_carries_the_doubts_about_the_image(reader):
 
 def test_predict_does_not_depend_on_the_batch(reader, phantoms):
     images = phantoms.images[:5]
-    together = predict(reader.weights, images)
-    alone = [predict(reader.weights, image[None]) for image in images]
+    together = predict(reader.weights, images).probabilities
+    alone = [predict(reader.weights, image[None]).probabilities for image in images]
     for name, values in together.items():
         np.testing.assert_allclose(values, np.concatenate([one[name] for one in alone]), atol=1e-6)
+
+
+def test_warnings_tell_refusal_disagreement_and_low_confidence_apart(reader):
+    def reading(*verdicts, sure=0.9, refused=False) -> Reading:
+        values = {}
+        for model, verdict in zip(("cnn", "rescnn", "vit", "ensemble"), verdicts, strict=True):
+            values[model] = np.full(6, (1 - sure) / 5)
+            values[model][CLASS_NAMES.index(verdict)] = sure
+        return Reading("", Cell(np.zeros((1, 78, 78), np.float32), ("odd",)), values, refused, {})
+
+    assert reading(*["Golgi"] * 4).warnings == ["odd"]
+    doubtful = reading("Golgi", "NuMem", "Golgi", "Golgi", sure=0.5)
+    assert doubtful.warnings == [
+        "odd",
+        "disagreement: ResCNN says NuMem",
+        "low confidence: the verdict has a probability of 50%",
+    ]
+    assert doubtful.agreement == 3
+    refused = reading("Golgi", "NuMem", "Golgi", "Golgi", sure=0.5, refused=True)
+    assert (refused.verdict, refused.probability, refused.agreement) == (None, None, None)
+    assert [warning.partition(":")[0] for warning in refused.warnings] == ["refused", "odd"]
 
 
 def test_reader_needs_the_ensemble(untrained):
@@ -65,7 +87,7 @@ def test_reader_needs_the_ensemble(untrained):
 
 def test_explain_gives_the_reading_that_read_gives_and_a_map_of_each_model(reader):
     cell = phantom_cell("Speckled", np.random.default_rng(0))
-    explanation = reader.explain("cell.png", cell)
+    explanation = reader.explain("cell.png", load_cell(cell))
     assert explanation.reading.as_dict() == next(reader.read([("cell.png", cell)])).as_dict()
     assert list(explanation.maps) == ["cnn", "rescnn", "vit", "ensemble"]
     for values in explanation.maps.values():

@@ -59,7 +59,7 @@ def test_bundled_weights_read_cells_they_have_not_seen(real_cells):
     test = split(real_cells, trained["protocol"], trained["seed"]).test
     check_unseen(weights, real_cells, test)
     labels = real_cells.labels[test].numpy()
-    for name, answers in predict(weights, real_cells.images[test]).items():
+    for name, answers in predict(weights, real_cells.images[test]).probabilities.items():
         recorded, measured = weights.metrics["models"][name], metrics(answers, labels)
         # Another processor may turn a verdict on the edge, one in 2,000 cells.
         assert measured["accuracy"] == pytest.approx(recorded["accuracy"], abs=0.001)

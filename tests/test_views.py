@@ -12,7 +12,6 @@ from hep2.patterns import CLASS_NAMES
 from hep2.reader import Explanation, Failure, Reading
 from hep2.views import (
     counts_html,
-    doubts_of,
     failure_html,
     model_details_html,
     models_html,
@@ -23,12 +22,12 @@ from hep2.views import (
 from hep2.weights import load_weights
 
 
-def reading(name="cell.png", *verdicts, warnings=(), sure=0.9) -> Reading:
+def reading(name="cell.png", *verdicts, warnings=(), sure=0.9, refused=False) -> Reading:
     values = {}
     for model, verdict in zip(("cnn", "rescnn", "vit", "ensemble"), verdicts or ["Golgi"] * 4, strict=True):
         values[model] = np.full(6, (1 - sure) / 5)
         values[model][CLASS_NAMES.index(verdict)] = sure
-    return Reading(name, Cell(np.zeros((1, 78, 78), np.float32), warnings), values, {})
+    return Reading(name, Cell(np.zeros((1, 78, 78), np.float32), warnings), values, refused, {})
 
 
 def page_of(one: Reading, truth="") -> str:
@@ -52,15 +51,24 @@ def test_names_and_doubts_are_escaped():
     assert "<b>" not in failure_html(Failure(name, "<b>odd</b>"))
 
 
-def test_doubts_name_dissent_low_confidence_and_the_images_faults():
-    assert doubts_of(reading()) == []
-    doubts = doubts_of(reading("a", "Golgi", "NuMem", "Golgi", "Golgi", warnings=("small",), sure=0.5))
-    assert doubts == ["small", "The models disagree: ResCNN says NuMem.", "Low confidence: the verdict has 50%."]
+def test_doubts_are_shown_with_the_verdict():
+    html = page_of(reading("a", "Golgi", "NuMem", "Golgi", "Golgi", warnings=("small",), sure=0.5))
+    for text in ("Small.", "Disagreement: ResCNN says NuMem.", "Low confidence: the verdict has a probability of 50%."):
+        assert f"<li>{text}</li>" in html
+
+
+def test_a_refused_image_is_shown_without_verdict_and_meaning():
+    html = page_of(reading(refused=True))
+    assert "No verdict" in html
+    assert "Refused: this does not look like a HEp-2 cell" in html
+    assert "ICAP" not in html
+    assert "90.0% by" not in html
 
 
 def test_counts_html_counts_verdicts_and_failures():
-    html = counts_html([reading(), reading("b"), Failure("c", "why")])
+    html = counts_html([reading(), reading("b", refused=True), Failure("c", "why")])
     assert "2 cells" in html
+    assert "1 got no verdict" in html
     assert "1 could not be read" in html
 
 

@@ -113,6 +113,22 @@ def test_load_weights_refuses_an_ensemble_of_other_members(folder, tmp_path):
         load_weights(folder)
 
 
+def test_load_weights_names_what_does_not_fit_in_the_refusal(folder, tmp_path):
+    other = save_untrained(tmp_path / "other", seed=1)
+    shutil.copytree(other / "rescnn", folder / "rescnn", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r"refusal/config.json: it was fitted on members"):
+        load_weights(folder)
+    shutil.copytree(other, folder, dirs_exist_ok=True)
+    for changes in ({"format": 2}, {"members": ["cnn"]}, {"members": {"alexnet": "0"}}, {"extra": 1}):
+        edit_config(folder, "refusal", **changes)
+        with pytest.raises(ValueError, match=r"refusal/config.json"):
+            load_weights(folder)
+        shutil.copytree(other / "refusal", folder / "refusal", dirs_exist_ok=True)
+    (folder / "refusal" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"refusal/model.safetensors is missing"):
+        load_weights(folder)
+
+
 def test_bundled_weights_load_and_fit_into_12_megabytes():
     weights = load_weights()
     assert weights.source == "bundled"
