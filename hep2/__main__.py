@@ -1,4 +1,4 @@
-"""The command line: `python -m hep2 classify | evaluate | stress | audit | phantoms`."""
+"""The command line: `python -m hep2 classify | evaluate | stress | bench | audit | phantoms`."""
 
 import argparse
 import csv
@@ -48,6 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     stress.add_argument("--json", action="store_true", help="one JSON object in place of the tables")
     _add_weights(stress)
     stress.set_defaults(run=_stress)
+
+    bench = commands.add_parser("bench", help="measure speed on this machine, beside ordinary networks")
+    bench.add_argument("--json", action="store_true", help="one JSON object in place of the tables")
+    bench.add_argument("--training", action="store_true", help="measure training as well")
+    _add_weights(bench)
+    bench.set_defaults(run=_bench)
 
     audit = commands.add_parser("audit", help="count a dataset's classes and find its duplicates")
     _add_dataset(audit)
@@ -166,6 +172,16 @@ def _stress(arguments: argparse.Namespace) -> int:
     weights = _open_weights(arguments.weights)
     result = stress_weights(weights, load_cells(arguments.dataset), arguments.dataset)
     print(json.dumps(result) if arguments.json else stress_tables(result))
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from hep2.bench import measure_speed, measure_training, speed_tables
+
+    result = measure_speed(_open_weights(arguments.weights))
+    if arguments.training:
+        result["training"] = measure_training()
+    print(json.dumps(result) if arguments.json else speed_tables(result))
     return 0
 
 

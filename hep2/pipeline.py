@@ -29,7 +29,7 @@ from hep2.recipes import ARCHITECTURES, RECIPES
 from hep2.refusal import fit_refusal
 from hep2.stress import measure_refusals, measure_robustness
 from hep2.training import Examples, Recipe, fit, predict_logits, write_atomically
-from hep2.weights import Weights, load_weights, read_json, save_model, save_refusal, write_json
+from hep2.weights import Weights, load_weights, read_json, refusal_fits, save_model, save_refusal, write_json
 
 
 def train_models(
@@ -155,8 +155,10 @@ def _train_ensemble(
 
 
 def train_refusal(cells: Cells, parts: Split, output: Path, origin: dict) -> None:
-    """Teach the single models in `output` what is no cell: see `hep2.refusal`."""
+    """Teach the single models in `output` what is no cell, unless that is done: see `hep2.refusal`."""
     members = tuple(name for name in MODELS if name != "ensemble" and (output / name / "config.json").exists())
+    if refusal_fits(output, members, origin):
+        return
     weights = load_weights(output, members)
 
     @torch.inference_mode()

@@ -29,7 +29,12 @@ _TUNED = Recipe(
     label_smoothing=0.05,
     gradient_norm=1.0,
     augmentation="tuned",
-    specimen_supervision=True,
+    # Haze and noise are what helped on specimens kept away (benchmarks/README.md); scale and focus cost nothing there,
+    # and keep the verdict when the microscope is another.
+    zoom=0.15,
+    sharpness=0.5,
+    haze=1.0,
+    noise=0.2,
     ema_decay=0.995,
 )
 
@@ -43,8 +48,7 @@ RECIPES = {
     },
     "tuned": {
         "cnn": _TUNED,
-        # The one that ships was trained before the others learned from specimens, and was good enough to stay.
-        "rescnn": replace(_TUNED, specimen_supervision=False),
+        "rescnn": _TUNED,
         "vit": replace(_TUNED, learning_rate=1e-3),
         # Small steps from the members' mean: in five-fold cross-validation on the validation cells, 2e-4 to 1e-3 gave
         # a cross-entropy of 0.050, 2e-3 already 0.055, and 1e-2 overfitted to 0.074.

@@ -363,9 +363,14 @@ def _augmented(train: Examples, index: Tensor, recipe: Recipe, generator: Genera
     if recipe.augmentation == "paper":
         inputs = augment_paper(inputs, angle, generator)
     elif recipe.augmentation == "tuned":
-        jitter = {name: getattr(recipe, name) for name in ("gain", "zoom", "sharpness", "haze", "noise")}
-        inputs = augment_tuned(inputs, generator, **jitter)
+        inputs = augment(inputs, recipe, generator)
     return inputs, labels
+
+
+def augment(images: Tensor, recipe: Recipe, generator: Generator) -> Tensor:
+    """Change images (batch, 1, 78, 78) at random as much as a recipe with the tuned augmentation says."""
+    strength = {name: getattr(recipe, name) for name in ("gain", "zoom", "sharpness", "haze", "noise")}
+    return augment_tuned(images, generator, **strength)
 
 
 def _class_weights(labels: Tensor) -> Tensor:

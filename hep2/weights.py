@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from hep2.imaging import PREPROCESSING
-from hep2.models import MODELS, Refusal, StackEnsemble, build_model
+from hep2.models import MODELS, Refusal, StackEnsemble, build_model, fold_batch_norm
 from hep2.patterns import CLASS_NAMES
 from hep2.training import write_atomically
 
@@ -108,6 +108,15 @@ def save_refusal(folder: Path, refusal: Refusal, members: tuple[str, ...], *, tr
     write_json(directory / "config.json", config)
 
 
+def refusal_fits(folder: Path, members: tuple[str, ...], training: dict) -> bool:
+    """Tell whether `save_refusal` has written a refusal for the members as they lie in `folder`."""
+    path = folder / "refusal" / "config.json"
+    if not path.is_file():
+        return False
+    config = read_json(path)
+    return config["members"] == {name: _digest(folder / name) for name in members} and config["training"] == training
+
+
 def load_weights(
     folder: Path | str = BUNDLED,
     names: tuple[str, ...] = tuple(MODELS),
@@ -147,6 +156,7 @@ def load_weights(
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{folder / name / 'config.json'}: {error}") from error
             _load_tensors(models[name], path)
+            fold_batch_norm(models[name].eval()).to(memory_format=torch.channels_last)
         models[name].eval()
     refusal = _load_refusal(folder / "refusal", models) if (folder / "refusal").is_dir() else None
     if refusal is None and "ensemble" in models:

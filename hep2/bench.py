@@ -1,0 +1,265 @@
+"""How fast the four models are on the machine at hand, beside ordinary networks measured in the same run."""
+
+import io
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hep2.data import load_cells
+from hep2.imaging import load_cell
+from hep2.models import build_model
+from hep2.patterns import CLASS_NAMES
+from hep2.phantoms import phantom_cell
+from hep2.reader import Reader, predict
+from hep2.recipes import RECIPES
+from hep2.training import Examples, augment, fit
+from hep2.weights import Weights
+
+PEER_SIZE = 224  # rows and columns of the peers' inputs, in pixels
+ROUNDS = 30  # of one cell each; interleaved, so that a busy moment hits all sides
+BULK = 256  # cells in one bulk measurement
+BULK_ROUNDS = 5
+PROCESSES = 3  # of each kind
+MATRIX = 2048  # rows and columns of the matrices that measure what the machine can do at best
+
+# What a process does from its start to its first verdict. Peers get their weights from a file, as they would.
+STARTS = {
+    "all four models": "import sys; from hep2.__main__ import main; main(['classify', '--json', sys.argv[1]])",
+    "all four models, imports alone": "import hep2.hub, hep2.reader",
+    "resnet18": "import sys; from hep2.bench import first_answer; first_answer('resnet18', *sys.argv[1:])",
+    "AlexNet": "import sys; from hep2.bench import first_answer; first_answer('AlexNet', *sys.argv[1:])",
+}
+
+
+def measure_speed(weights: Weights) -> dict:
+    """Measure latency, bulk, memory and start of all four models and of their peers, and how near the limit bulk is.
+
+    Returns plain numbers: seconds, images a second, bytes, multiply-adds.
+    """
+    files = list(_files(BULK))
+    reader = Reader(weights)
+    peers = {name: make().eval() for name, make in PEERS.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        alexnet = Path(folder) / "AlexNet.safetensors"
+        save_file(peers["AlexNet"].state_dict(), alexnet)
+        one = {"all four models": lambda: next(reader.read([("cell.png", files[0])]))}
+        one |= {name: _peer_request(model, files[0]) for name, model in peers.items()}
+        one["AlexNet, loaded at every request"] = _loading_request(alexnet, files[0])
+        latency = {name: _percentiles(seconds) for name, seconds in _interleaved(one, ROUNDS).items()}
+    cells = torch.from_numpy(np.stack([load_cell(file).pixels for file in files]))
+    images = torch.rand(32, 3, PEER_SIZE, PEER_SIZE).contiguous(memory_format=torch.channels_last)
+    bulk = {"all four models": lambda: predict(weights, cells)}
+    bulk["all four models, from file bytes"] = lambda: list(reader.read((str(n), f) for n, f in enumerate(files)))
+    bulk |= {name: _peer_batch(model, images) for name, model in peers.items()}
+    counts = dict.fromkeys(bulk, len(files)) | dict.fromkeys(peers, len(images))
+    seconds = _interleaved(bulk | {"matrix multiplication": _matrix_multiplication()}, BULK_ROUNDS)
+    best = {name: min(values) for name, values in seconds.items()}
+    rate = MATRIX**3 / best["matrix multiplication"]
+    own = sum(multiply_adds(model, cells[:1]) for name, model in weights.models.items() if name != "ensemble")
+    work = {"all four models": own} | {name: multiply_adds(model, images[:1]) for name, model in peers.items()}
+    per_second = {name: counts[name] / best[name] for name in bulk}
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "latency": latency,
+        "images_per_second": per_second,
+        "multiply_adds": work,
+        "matrix_multiply_adds_per_second": rate,
+        "share_of_matrix_rate": {name: work[name] * per_second[name] / rate for name in work},
+        "processes": measure_processes(),
+    }
+
+
+def _files(count: int) -> Iterator[bytes]:
+    """Yield PNG files of phantoms, pattern after pattern."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        file = io.BytesIO()
+        Image.fromarray(phantom_cell(CLASS_NAMES[number % len(CLASS_NAMES)], random)).save(file, "PNG")
+        yield file.getvalue()
+
+
+PEERS: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": lambda: timm.create_model("resnet18", num_classes=6),
+    "vit_tiny_patch16_224": lambda: timm.create_model("vit_tiny_patch16_224", num_classes=6),
+    "AlexNet": lambda: torchvision.models.alexnet(num_classes=6),
+}
+
+
+def _peer_input(file: bytes) -> Tensor:
+    image = Image.open(io.BytesIO(file)).convert("RGB").resize((PEER_SIZE, PEER_SIZE))
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)[None]
+
+
+def _peer_request(model: nn.Module, file: bytes) -> Callable[[], Tensor]:
+    @torch.inference_mode()
+    def request() -> Tensor:
+        return model(_peer_input(file)).softmax(1)
+
+    return request
+
+
+def _loading_request(path: Path, file: bytes) -> Callable[[], Tensor]:
+    def request() -> Tensor:
+        model = PEERS["AlexNet"]()
+        model.load_state_dict(load_file(path))
+        return _peer_request(model.eval(), file)()
+
+    return request
+
+
+def _peer_batch(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    model = model.to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def batch() -> Tensor:
+        return model(images)
+
+    return batch
+
+
+def _matrix_multiplication() -> Callable[[], Tensor]:
+    one, other = torch.rand(2, MATRIX, MATRIX)
+    return lambda: one @ other
+
+
+def _interleaved(tasks: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Time every task once a round, after one round that does not count; returns seconds."""
+    seconds = {name: [] for name in tasks}
+    for count in range(rounds + 1):
+        for name, task in tasks.items():
+            started = time.perf_counter()
+            task()
+            if count:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(seconds), "percentile_95": float(np.quantile(seconds, 0.95))}
+
+
+def multiply_adds(model: nn.Module, image: Tensor) -> int:
+    """Count the multiply-adds of one forward pass, from the shapes that go through it."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(image)
+    return counter.get_total_flops() // 2
+
+
+def measure_processes() -> dict[str, dict[str, float]]:
+    """Measure processes from their start to the first verdict: median seconds, and the most memory held, in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        cell = Path(folder) / "cell.png"
+        cell.write_bytes(next(_files(1)))
+        for name in ("resnet18", "AlexNet"):
+            save_file(PEERS[name]().state_dict(), Path(folder) / f"{name}.safetensors")
+        memory: dict[str, int] = {}
+
+        def start(name: str) -> None:
+            arguments = [str(cell), *([str(Path(folder) / f"{name}.safetensors")] if name in PEERS else [])]
+            process = subprocess.Popen([sys.executable, "-c", STARTS[name], *arguments], stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                raise RuntimeError(f"the process that measures {name!r} ended with status {process.returncode}")
+            memory[name] = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+        seconds = _interleaved({name: partial(start, name) for name in STARTS}, PROCESSES)
+    return {name: {"seconds": statistics.median(values), "bytes": memory[name]} for name, values in seconds.items()}
+
+
+def first_answer(name: str, image: str, weights: str) -> None:
+    """Do what a server of one peer does until its first answer."""
+    model = PEERS[name]()
+    model.load_state_dict(load_file(weights))
+    print(_peer_request(model.eval(), Path(image).read_bytes())())
+
+
+def measure_training(names: tuple[str, ...] = ("cnn", "rescnn", "vit"), batches: int = 12) -> dict[str, dict]:
+    """Measure the tuned recipe's training on phantoms, the mixed precision of `train.py`, a batch after the other.
+
+    Returns for each model images a second, the share of the time that augmentation takes, and the share of the bound:
+    three forward passes' multiply-adds an image at the machine's rate of matrix multiplication at that precision.
+    """
+    accelerator = Accelerator(mixed_precision="bf16")
+    measured = {}
+    for name in names:
+        recipe = replace(RECIPES["tuned"][name], epochs=1, specimen_supervision=False, class_balance="none")
+        cells = load_cells(f"phantoms:{batches * recipe.batch_size // len(CLASS_NAMES)}")
+        examples, model = Examples(cells.images, cells.labels), build_model(name)
+        work = 3 * multiply_adds(model.eval(), cells.images[:1])
+        with tempfile.TemporaryDirectory() as folder:
+            few = Examples(*(part[: recipe.batch_size] for part in examples[:2]))
+            history = fit(
+                model, examples, few, recipe, directory=Path(folder), seed=0, accelerator=accelerator, progress=False
+            )
+        generator = torch.Generator().manual_seed(0)
+        started = time.perf_counter()
+        for part in cells.images.to(accelerator.device).split(recipe.batch_size):
+            augment(part, recipe, generator)
+        augmenting = time.perf_counter() - started
+        one, other = torch.rand(2, MATRIX, MATRIX, device=accelerator.device, dtype=torch.bfloat16)
+        rate = MATRIX**3 / min(
+            _interleaved({"": lambda one=one, other=other: (one @ other).sum().item()}, BULK_ROUNDS)[""]
+        )
+        measured[name] = {
+            "images_per_second": history[0]["images_per_second"],
+            "augmentation_share": augmenting / (len(cells) / history[0]["images_per_second"]),
+            "share_of_matrix_rate": work * history[0]["images_per_second"] / rate,
+        }
+    return measured
+
+
+def speed_tables(result: dict) -> str:
+    """Set out what `python -m hep2 bench` measured, in Markdown."""
+    resnet = {field: result[field]["resnet18"] for field in ("latency", "images_per_second")}
+    lines = [
+        f"{result['threads']} threads, PyTorch {result['torch']}, matrix multiplication at "
+        f"{result['matrix_multiply_adds_per_second'] / 1e9:.1f} G multiply-adds a second",
+        "",
+        "| one request, from file bytes to verdict | median, ms | 95th percentile, ms | beside resnet18 |",
+        "|---|---|---|---|",
+    ]
+    for name, row in result["latency"].items():
+        ratio = row["median"] / resnet["latency"]["median"]
+        lines.append(f"| {name} | {row['median'] * 1e3:.1f} | {row['percentile_95'] * 1e3:.1f} | {ratio:.2f} |")
+    lines += [
+        "",
+        "| in bulk | images a second | beside resnet18 | M multiply-adds | share of matrix rate |",
+        "|---|---|---|---|---|",
+    ]
+    for name, rate in result["images_per_second"].items():
+        work, share = result["multiply_adds"].get(name), result["share_of_matrix_rate"].get(name)
+        counted = "" if work is None else f"{work / 1e6:.0f} | {share:.0%}"
+        lines.append(f"| {name} | {rate:.0f} | {rate / resnet['images_per_second']:.1f} | {counted or '|'} |")
+    lines += ["", "| process, to the first verdict | seconds | MB |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {row['seconds']:.1f} | {row['bytes'] / 1e6:.0f} |" for name, row in result["processes"].items()
+    ]
+    if "training" in result:
+        lines += [
+            "",
+            "| training | images a second | share of augmentation | share of matrix rate |",
+            "|---|---|---|---|",
+        ]
+        for name, row in result["training"].items():
+            shares = f"{row['augmentation_share']:.0%} | {row['share_of_matrix_rate']:.0%}"
+            lines.append(f"| {name} | {row['images_per_second']:.0f} | {shares} |")
+    return "\n".join(lines)
