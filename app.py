@@ -132,8 +132,9 @@ class Page:
             ]
             for reading in readings
         ]
-        text, models = io.StringIO(newline=""), list(self.weights.models)
-        csv.writer(text).writerows([csv_header(models), *(csv_row(reading, models) for reading in readings)])
+        text = io.StringIO(newline="")
+        table = [csv_header(self.weights), *(csv_row(reading, self.weights) for reading in readings)]
+        csv.writer(text).writerows(table)
         # Where Gradio itself would put it, and deletes it in time: a copy elsewhere would stay.
         file = save_bytes_to_cache(text.getvalue().encode(), "readings.csv", get_upload_folder())
         return rows, counts_html(readings), file

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from PIL import Image
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES
 
 if TYPE_CHECKING:
+    from hep2.reader import Reader
     from hep2.weights import Weights
 
 
@@ -22,7 +24,13 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
 
     classify = commands.add_parser("classify", help="give a verdict for each image")
-    classify.add_argument("images", nargs="+", metavar="IMAGE", help="PNG, JPEG, TIFF, BMP or WebP of one cell")
+    classify.add_argument(
+        "images", nargs="*", metavar="IMAGE", help="PNG, JPEG, TIFF, BMP or WebP of one cell, or a folder of such"
+    )
+    classify.add_argument("--dataset", metavar="NAME", help="read the cells of a dataset: Hub name, folder or phantoms")
+    classify.add_argument(
+        "--output", type=Path, metavar="CSV", help="write a table, with a progress bar; started again, it goes on"
+    )
     form = classify.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line, one line an image")
     form.add_argument("--csv", action="store_true", help="a table with a line for each image")
@@ -89,9 +97,13 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 
 def _open_weights(name: str | None) -> "Weights":
     # PyTorch takes seconds to import: help and wrong arguments need not wait for it.
+    import torch
+
     from hep2.hub import open_weights
 
     weights = open_weights(name)
+    if torch.cuda.is_available():
+        weights = weights.to("cuda")
     for note in weights.notes:
         print(f"hep2: {note}", file=sys.stderr)
     return weights
@@ -100,19 +112,23 @@ def _open_weights(name: str | None) -> "Weights":
 def _classify(arguments: argparse.Namespace) -> int:
     from hep2.reader import Failure, Reader, csv_header, csv_row
 
+    if bool(arguments.images) == bool(arguments.dataset):
+        raise ValueError("give images or folders of images, or --dataset NAME, and not both")
     reader = Reader(_open_weights(arguments.weights))
+    if arguments.output:
+        return _classify_into(arguments, reader)
     table = csv.writer(sys.stdout, lineterminator="\n")
     if arguments.csv:
-        table.writerow(csv_header(reader.weights.models))
+        table.writerow(csv_header(reader.weights))
     failed = False
-    for reading in reader.read_files(arguments.images):
+    for reading in reader.read(_sources(arguments)):
         if isinstance(reading, Failure):
             failed = True
             print(f"hep2: {reading.file}: {reading.error}", file=sys.stderr)
         if arguments.json:
             print(json.dumps(reading.as_dict(), ensure_ascii=False), flush=True)
         elif arguments.csv:
-            table.writerow(csv_row(reading, reader.weights.models))
+            table.writerow(csv_row(reading, reader.weights))
         elif not isinstance(reading, Failure):
             verdict = "no verdict"
             if not reading.refused:
@@ -124,6 +140,43 @@ def _classify(arguments: argparse.Namespace) -> int:
             for warning in reading.warnings:
                 print(f"  note: {warning}")
     return int(failed)
+
+
+def _sources(arguments: argparse.Namespace) -> Iterator[tuple[str, Path | bytes]]:
+    """Yield what is to be classified, one after the other: of 100,000 cells few are in memory at a time."""
+    from hep2.bulk import find_images
+
+    if not arguments.dataset:
+        yield from ((path, Path(path)) for path in find_images(arguments.images))
+        return
+    from hep2.data import dataset_files
+
+    yield from ((file.name, file.image) for file in dataset_files(arguments.dataset))
+
+
+def _classify_into(arguments: argparse.Namespace, reader: "Reader") -> int:
+    from accelerate import PartialState
+
+    from hep2.bulk import gather_parts, read_into
+
+    state = PartialState()  # one process, or those of `accelerate launch`
+    total = sum(1 for _ in _sources(arguments))
+    failed = read_into(
+        reader,
+        _sources(arguments),
+        arguments.output,
+        total=total,
+        process=state.process_index,
+        processes=state.num_processes,
+    )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        gather_parts(arguments.output)
+        print(f"{total:,} images are in {arguments.output}", file=sys.stderr)
+    if failed:
+        print(f"hep2: {failed:,} of them could not be read: see the column error", file=sys.stderr)
+    state.destroy_process_group()
+    return int(failed > 0)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

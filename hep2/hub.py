@@ -23,7 +23,7 @@ from hep2.weights import BUNDLED, Weights, load_weights
 
 # All that is ever fetched: JSON, safetensors and pictures. A pickle in a repository is neither fetched nor opened.
 READ = ["metrics.json", "*/config.json", "*/model.safetensors", "*/log.jsonl", "examples/*/*.png"]
-WRITTEN = [*READ, "*.png", "*/curves.png"]
+WRITTEN = [*READ, "*.png", "*/curves.png", "specimen/reliability_*.png"]
 TRIES = 3
 
 
@@ -233,6 +233,7 @@ Cells: {DEFAULT_DATASET}, from the contests on HEp-2 cell classification at ICPR
 def _figures_text(weights: Weights) -> str:
     """Show what figures the run has: the push sends them along."""
     figures = {"confusion_ensemble.png": "Confusion matrix", "reliability_ensemble.png": "Reliability"}
+    figures["specimen/reliability_ensemble.png"] = "Reliability on held-out specimens"
     figures |= {f"{name}/curves.png": f"Training of the {MODEL_TITLES[name]}" for name in MODELS}
     return "".join(f"![{text}]({file})\n" for file, text in figures.items() if (weights.folder / file).is_file())
 

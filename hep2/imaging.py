@@ -17,6 +17,7 @@ from hep2.patterns import IMAGE_SIZE
 ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MAX_PIXELS = 50_000_000
 CHANNEL_NAMES = ("red", "green", "blue")
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
 from typing import Generic, NamedTuple, TypeVar
@@ -20,7 +19,8 @@ from hep2.weights import Weights
 
 T, R = TypeVar("T"), TypeVar("R")
 
-BATCH = 64
+BATCH = 64  # images that are decoded before the models read them
+GPU_BATCH = 1024
 # One pass in each of these threads: threads that share a pass as small as this one mostly wait for each other.
 _CORES = ThreadPoolExecutor(torch.get_num_threads(), "cores", initializer=torch.set_num_threads, initargs=(1,))
 LOW_CONFIDENCE = 0.7  # below this probability of the verdict a reading says so
@@ -114,7 +114,7 @@ def predict(weights: Weights, images: Tensor) -> Predictions:
     On a CPU each cell is a pass of its own, which costs no more than its share of a batch, and a cell gets the same
     answer to the last digit whatever it comes together with. On a GPU cells go in batches.
     """
-    batches = images.split(1 if weights.device == "cpu" else BATCH)
+    batches = images.split(1 if weights.device == "cpu" else GPU_BATCH)
     passes = _run(weights, _logits_and_features, batches)
     parts = [
         _combined(weights, {name: values[part] for name, values in passes.items()}) for part in range(len(batches))
@@ -162,19 +162,20 @@ def _combined(weights: Weights, passes: dict[str, tuple[Tensor, Tensor]]) -> Pre
     return Predictions({name: values.cpu().numpy() for name, values in result.items()}, refused.cpu().numpy())
 
 
-def csv_header(models: Iterable[str]) -> list[str]:
+def csv_header(weights: Weights) -> list[str]:
     """Name the columns of `csv_row`."""
-    probabilities = [f"{model}_{name}" for model in models for name in CLASS_NAMES]
-    return ["file", "verdict", "probability", "agreement", *probabilities, "warnings", "error"]
+    probabilities = [f"{model}_{name}" for model in weights.models for name in CLASS_NAMES]
+    return ["file", "verdict", "probability", "agreement", *probabilities, "warnings", "error", "revision"]
 
 
-def csv_row(answer: Reading | Failure, models: Iterable[str]) -> list:
-    """Give one answer as a line of a table; what a failure lacks is left empty."""
+def csv_row(answer: Reading | Failure, weights: Weights) -> list:
+    """Give one answer of these weights as a line of a table; what a failure lacks is left empty."""
     values = answer.as_dict()
     first = [values.get(column) for column in ("file", "verdict", "probability", "agreement")]
-    models = values.get("models", {model: {} for model in models}).values()
+    models = values.get("models", {model: {} for model in weights.models}).values()
     numbers = [model.get(name, "") for model in models for name in CLASS_NAMES]
-    return [*first, *numbers, "; ".join(values.get("warnings", [])), values.get("error", "")]
+    remarks = "; ".join(values.get("warnings", []))
+    return [*first, *numbers, remarks, values.get("error", ""), weights.revision]
 
 
 @dataclass(frozen=True)
@@ -215,10 +216,6 @@ class Reader:
                 yield from self._read_batch(batch)
                 batch = []
         yield from self._read_batch(batch)
-
-    def read_files(self, paths: Iterable[Path | str]) -> Iterator[Reading | Failure]:
-        """Read image files in order, each under the name it was given by."""
-        return self.read((str(path), Path(path)) for path in paths)
 
     def explain(self, name: str, cell: Cell) -> Explanation:
         """Read one cell and say where each model looked, in one forward pass."""

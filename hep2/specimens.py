@@ -11,9 +11,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from hep2.data import FOLDS, Cells, blocks_of, specimen_blocks, split
-from hep2.evaluation import metrics
+from hep2.evaluation import draw_reliability, metrics, save_figure
 from hep2.models import MODELS
-from hep2.patterns import CLASS_NAMES, IMAGE_SIZE
+from hep2.patterns import CLASS_NAMES, IMAGE_SIZE, MODEL_TITLES
 from hep2.pipeline import evaluate_weights, train_models
 from hep2.weights import load_weights, read_json, write_json
 
@@ -37,7 +37,7 @@ def evaluate_specimens(
     `output/metrics.json` holds: pooled over all cells (`models`), per fold (`per_fold`), over whole specimens
     (`blocks`), and the floor of nearest neighbours under both kinds of split (`floor`).
     """
-    parts, answers = [], []
+    parts, answers, refused = [], [], []
     for fold in range(FOLDS):
         folder = output / f"fold-{fold}"
         train_models(
@@ -59,15 +59,20 @@ def evaluate_specimens(
                 evaluate_weights(weights, cells, folder)
             parts.append(split(cells, "specimen", seed, fold).test)
             answers.append(read_predictions(folder / "predictions.csv"))
+            refused.append(read_json(measured)["refused"] * len(parts[-1]))
         accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return {}
     result = {"folds": FOLDS, "seed": seed, "recipe": recipe} | summarise(cells, parts, answers)
+    result["refused"] = sum(refused) / sum(map(len, parts))
     result["floor"] = {
         "clean": nearest_neighbours(cells, [split(cells, "clean", seed)]),
         "specimen": nearest_neighbours(cells, [split(cells, "specimen", seed, fold) for fold in range(FOLDS)]),
     }
     write_json(output / "metrics.json", result)
+    for name, measured in result["models"].items():
+        title = f"{MODEL_TITLES[name]}, held-out specimens"
+        save_figure(draw_reliability(measured, title), output / f"reliability_{name}.png")
     return result
 
 
@@ -149,6 +154,7 @@ def specimens_table(result: dict) -> str:
         lines.append(f"{title:21}" + "".join(f"{model[field]:11.4f}" for model in result["models"].values()))
     counts = (f"{blocks['right']}/{blocks['total']}" for blocks in result["blocks"].values())
     lines.append(f"{'specimens right':21}" + "".join(f"{count:>11}" for count in counts))
+    lines.append(f"{result['refused']:.1%} of the cells on held-out specimens would get no verdict.")
     floor = {kind: values["mean_class_accuracy"] for kind, values in result["floor"].items()}
     lines.append(
         f"Five nearest neighbours on simple features: {floor['clean']:.4f} on a random split, "

@@ -171,6 +171,10 @@ def _details(weights: Weights, name: str) -> str:
         if "reliability" in result:
             alt = f"{title}: share of right verdicts against their probability, ECE {result['ece']:.4f}"
             figures = _plate(draw_reliability(result, title), alt)
+    specimen = weights.metrics.get("specimen", {}).get("models", {}).get(name)
+    if specimen:
+        alt = f"{title} on held-out specimens: share of right verdicts, ECE {specimen['ece']:.4f}"
+        figures += _plate(draw_reliability(specimen, f"{title}, held-out specimens"), alt)
     if history := weights.history(name):
         last = history[-1]
         alt = (

@@ -56,7 +56,7 @@ def web(address):
 def test_classify_answers_what_the_reader_says(client, untrained):
     reader = Reader(load_weights(untrained))
     answer = client.predict(handle_file("examples/Golgi/2.png"), api_name="/classify")
-    expected = next(reader.read_files(["examples/Golgi/2.png"])).as_dict()
+    expected = next(reader.read([("2.png", Path("examples/Golgi/2.png"))])).as_dict()
     assert answer == expected | {"file": "2.png"}
 
 

@@ -1,0 +1,116 @@
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from hep2.__main__ import main
+from hep2.bulk import find_images, gather_parts, read_into
+from hep2.patterns import CLASS_NAMES
+from hep2.phantoms import phantom_cell
+from hep2.reader import Reader
+from hep2.weights import load_weights
+
+
+@pytest.fixture(scope="module")
+def reader(untrained) -> Reader:
+    return Reader(load_weights(untrained))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Ten phantoms in folders, one file that is no image by its name and one that is none by its content."""
+    root = tmp_path_factory.mktemp("cells")
+    random = np.random.default_rng(0)
+    for number in range(10):
+        path = root / f"slide {number % 2}" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(phantom_cell(CLASS_NAMES[number % 6], random)).save(path)
+    (root / "notes.txt").write_text("no image")
+    (root / "slide 1" / "bad.TIF").write_text("no image")
+    return root
+
+
+def sources(folder: Path) -> list[tuple[str, Path]]:
+    return [(name, Path(name)) for name in find_images([str(folder)])]
+
+
+def rows_of(table: Path) -> list[dict]:
+    with open(table, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_find_images_goes_through_folders_in_order_and_leaves_named_files(folder):
+    found = [str(Path(name).relative_to(folder)) for name in find_images([str(folder)])]
+    assert found == [f"slide 0/{n}.png" for n in (0, 2, 4, 6, 8)] + [
+        *(f"slide 1/{n}.png" for n in (1, 3, 5, 7, 9)),
+        "slide 1/bad.TIF",
+    ]
+    assert list(find_images(["a.txt", "b"])) == ["a.txt", "b"]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 30, 2000])
+def test_read_into_goes_on_behind_the_last_whole_line(reader, folder, tmp_path, cut, monkeypatch):
+    whole, table = tmp_path / "whole.csv", tmp_path / "table.csv"
+    options = {"total": 11, "progress": False}
+    assert read_into(reader, sources(folder), whole, **options) == 1
+    content = whole.read_bytes()
+    table.write_bytes(content[: len(content) - cut])
+    read = []
+    plain = reader.read
+    monkeypatch.setattr(reader, "read", lambda pairs: plain(pair for pair in pairs if not read.append(pair)))
+    assert read_into(reader, sources(folder), table, **options) == 1
+    assert table.read_bytes() == content
+    assert len(read) == {0: 0, 1: 1, 30: 1}.get(cut, len(read))
+    assert len(read) < 11
+
+
+def test_read_into_shares_out_and_gathers(reader, folder, tmp_path):
+    table, alone = tmp_path / "table.csv", tmp_path / "alone.csv"
+    read_into(reader, sources(folder), alone, total=11, progress=False)
+    for process in range(3):
+        read_into(reader, sources(folder), table, total=11, process=process, processes=3, progress=False)
+    gather_parts(table)
+    assert list(tmp_path.glob("table.csv*")) == [table]
+    key = "file"
+    assert sorted(rows_of(table), key=lambda row: row[key]) == sorted(rows_of(alone), key=lambda row: row[key])
+
+
+def test_read_into_takes_no_foreign_table(reader, folder, tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("name,price\nbread,2\n")
+    with pytest.raises(ValueError, match="no table of readings"):
+        read_into(reader, sources(folder), table, total=11, progress=False)
+    assert table.read_text() == "name,price\nbread,2\n"
+    table.unlink()
+    read_into(reader, sources(folder)[:2], table, total=2, progress=False)
+    table.write_text(table.read_text().replace(reader.weights.revision, "another"))
+    with pytest.raises(ValueError, match="revision another"):
+        read_into(reader, sources(folder), table, total=11, progress=False)
+
+
+def test_classify_reads_a_folder_or_a_dataset_into_a_table(folder, untrained, tmp_path, capsys):
+    table = tmp_path / "out" / "table.csv"
+    assert main(["classify", str(folder), "--weights", str(untrained), "--output", str(table)]) == 1
+    rows = rows_of(table)
+    assert len(rows) == 11
+    assert [bool(row["error"]) for row in rows] == [False] * 10 + [True]
+    assert "1 of them could not be read" in capsys.readouterr().err
+    assert main(["classify", "--dataset", "phantoms:1", "--weights", str(untrained), "--csv"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 7
+    assert main(["classify", "--weights", str(untrained)]) == 1
+    assert "give images or folders" in capsys.readouterr().err
+
+
+def test_classify_over_two_processes(folder, untrained, tmp_path):
+    table = tmp_path / "table.csv"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "hep2"]
+    command = [*launch, "classify", str(folder), "--weights", str(untrained), "--output", str(table)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert "11 images are in" in result.stderr
+    assert len(rows_of(table)) == 11
+    assert list(tmp_path.iterdir()) == [table]
