@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +21,21 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from hep2.data import load_cells
+from hep2.fields import draw_overlay, read_specimen, specimen_rows
 from hep2.hub import open_weights
 from hep2.imaging import Cell, ImageError, load_cell, make_cell, read_intensity
 from hep2.patterns import CLASS_NAMES, MODEL_TITLES
 from hep2.pipeline import held_out_examples
 from hep2.reader import Explanation, Failure, Gathering, Reader, csv_header, csv_row
-from hep2.views import NO_VERDICT, counts_html, failure_html, model_details_html, models_html, verdict_html
+from hep2.views import (
+    NO_VERDICT,
+    counts_html,
+    failure_html,
+    model_details_html,
+    models_html,
+    specimen_html,
+    verdict_html,
+)
 from hep2.weights import Weights
 
 SYNTHETIC = Path(__file__).with_name("examples")
@@ -39,6 +48,8 @@ UPLOAD_LABEL = "Your own: drop, paste or choose"
 UPLOAD_TEXT = "One or many, each an image of one cell: PNG, JPEG, TIFF, BMP or WebP, 8 to 32 bit."
 SYNTHETIC_TEXT = "**Examples**: synthetic cells, drawn by a program. A click reads one."
 HELD_OUT_TEXT = "**Examples**: published cells that no model was trained on, with their labels. A click reads one."
+FIELD_TEXT = """One or several whole fields of **one specimen**: dozens of cells, bright on dark, as the camera of a
+microscope gives them. The cells are found, each is read, and all together say what the specimen shows."""
 TABLE = ("file", "verdict", "probability", "models agree", "remarks")
 NO_IMAGE = "no image came; give one file: PNG, JPEG, TIFF, BMP or WebP"
 FITTING = (
@@ -101,6 +112,7 @@ class Page:
         # On ZeroGPU these borrow a card for some seconds; with a card of one's own, or none, they are as they were.
         self._explain = spaces.GPU(duration=10)(reader.explain)
         self._read = spaces.GPU(duration=lambda named: 10 + len(named) // 100)(reader.read)
+        self._read_specimen = spaces.GPU(duration=60)(partial(read_specimen, reader))
         self.read_together = Gathering(lambda named: list(self._read(named)))
 
     def show_example(self, event: gr.SelectData) -> str:
@@ -138,6 +150,51 @@ class Page:
         # Where Gradio itself would put it, and deletes it in time: a copy elsewhere would stay.
         file = save_bytes_to_cache(text.getvalue().encode(), "readings.csv", get_upload_folder())
         return rows, counts_html(readings), file
+
+    def read_specimen(self, paths: list[str] | None, progress=gr.Progress()) -> tuple:  # noqa: B008
+        """Read the fields of one specimen into an overlay, its cells sorted by doubt, a table and a picture to keep."""
+        if not paths:
+            return gr.skip(), gr.skip(), gr.skip()
+        try:
+            fields = [(Path(path).name, *read_intensity(Path(path))) for path in paths]
+        except (ImageError, OSError) as error:
+            return failure_html(Failure(", ".join(Path(path).name for path in paths), str(error))), None, None
+        specimen = self._read_specimen(
+            fields, progress=lambda cells, total: progress.tqdm(cells, total=total, unit="cells", desc="Reading")
+        )
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(specimen_rows(specimen))
+        table = save_bytes_to_cache(text.getvalue().encode(), "specimen.csv", get_upload_folder())
+        pictures = []
+        for number, (name, intensity, _) in enumerate(fields):
+            file = io.BytesIO()
+            draw_overlay(intensity, [cell for cell in specimen.cells if cell.field == number]).save(file, "PNG")
+            name = f"{Path(name).stem}-cells.png"
+            pictures.append(save_bytes_to_cache(file.getvalue(), name, get_upload_folder()))
+        return specimen_html(specimen, [intensity for _, intensity, _ in fields]), table, pictures
+
+    def specimen(self, fields: list[str] | None, pixel_size: float | None = None) -> dict:
+        """Find and read the cells in whole slide fields of one specimen, and say what pattern it has.
+
+        Answers verdict, probability, its interval, counts of each pattern, and every cell with its place. The verdict
+        is a pattern, or "negative or too faint", "no pattern of the six", or "no cells found". A field that cannot be
+        read is answered by {"file", "error"}.
+
+        Args:
+            fields: images of many cells, bright on dark; PNG, JPEG, TIFF, BMP or WebP, 8 to 32 bit
+            pixel_size: micrometres a pixel; left out, it is estimated from the nuclei
+        """
+        if not fields:
+            return Failure("", NO_IMAGE).as_dict()
+        if pixel_size is not None and not pixel_size > 0:
+            return Failure("", f"pixel_size is {pixel_size}: give micrometres, more than 0, or leave it out").as_dict()
+        named = []
+        for path in fields:
+            try:
+                named.append((Path(path).name, *read_intensity(Path(path))))
+            except (ImageError, OSError) as error:
+                return Failure(Path(path).name, str(error)).as_dict()
+        return self._read_specimen(named, pixel_size=pixel_size).as_dict()
 
     def classify(self, image: str | None) -> dict:
         """Read one image of a HEp-2 cell: verdict, its probability, and six probabilities of each of four models.
@@ -276,6 +333,15 @@ def build(page: Page, first: str) -> gr.Blocks:
                 )
                 download = gr.File(label="All readings as CSV", interactive=False, elem_id="download")
                 handed = gr.File(file_count="multiple", visible=False)  # what came through the other tab's box
+            with gr.Tab("A field", id="field"):
+                field = gr.File(
+                    label="Fields of one specimen", file_count="multiple", elem_id="upload-field", height=170
+                )
+                gr.Markdown(FIELD_TEXT)
+                specimen_result = gr.HTML(elem_id="specimen")
+                with gr.Row():
+                    specimen_table = gr.File(label="All cells as CSV", interactive=False)
+                    specimen_pictures = gr.File(label="Fields with the cells drawn in", interactive=False)
             with gr.Tab("Models", id="models") as models_tab:
                 gr.HTML(models_html(page.weights))
                 details = gr.HTML()
@@ -290,15 +356,25 @@ def build(page: Page, first: str) -> gr.Blocks:
         )
         many.upload(inputs=many, **read_many)
         many.clear(lambda: ([], counts_html([]), None), None, [table, counts, download], **private)
+        field.upload(
+            page.read_specimen,
+            field,
+            [specimen_result, specimen_table, specimen_pictures],
+            show_progress_on=specimen_result,
+            **private,
+        )
+        field.clear(lambda: ("", None, None), None, [specimen_result, specimen_table, specimen_pictures], **private)
         models_tab.select(lambda: page.model_details, None, details, **private)
 
         with gr.Row(visible=False):
             image, images = gr.File(label="image"), gr.File(label="images", file_count="multiple")
             reading, readings, known = gr.JSON(label="reading"), gr.JSON(label="readings"), gr.JSON(label="weights")
+            pixel_size, specimen = gr.Number(label="pixel_size", value=None), gr.JSON(label="specimen")
             maps, button = gr.Gallery(label="maps", format="png"), gr.Button()
         button.click(page.classify, image, reading, api_name="classify", concurrency_limit=TOGETHER)
         button.click(page.classify_batch, images, readings, api_name="classify_batch")
         button.click(page.explain, image, [reading, maps], api_name="explain")
+        button.click(page.specimen, [images, pixel_size], specimen, api_name="specimen")
         button.click(page.models, None, known, api_name="models")
     return blocks
 

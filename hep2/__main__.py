@@ -1,4 +1,4 @@
-"""The command line: `python -m hep2 classify | evaluate | stress | bench | audit | phantoms`."""
+"""The command line: `python -m hep2 classify | specimen | evaluate | stress | bench | audit | phantoms`."""
 
 import argparse
 import csv
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
+from tqdm import tqdm
 
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES
 
@@ -36,6 +37,16 @@ def main(argv: list[str] | None = None) -> int:
     form.add_argument("--csv", action="store_true", help="a table with a line for each image")
     _add_weights(classify)
     classify.set_defaults(run=_classify)
+
+    specimen = commands.add_parser("specimen", help="find and read the cells of whole slide fields of one specimen")
+    specimen.add_argument("fields", nargs="+", metavar="FIELD", help="image of many cells, bright on dark")
+    specimen.add_argument("--pixel-size", type=float, metavar="MICROMETRES", help="default: from the nuclei themselves")
+    form = specimen.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object, with every cell")
+    form.add_argument("--csv", action="store_true", help="a table with a line for each cell")
+    specimen.add_argument("--overlay", type=Path, metavar="PNG", help="draw the cells in the colours of their patterns")
+    _add_weights(specimen)
+    specimen.set_defaults(run=_specimen)
 
     evaluate = commands.add_parser("evaluate", help="measure weights on test cells that they have not seen")
     _add_dataset(evaluate)
@@ -177,6 +188,50 @@ def _classify_into(arguments: argparse.Namespace, reader: "Reader") -> int:
         print(f"hep2: {failed:,} of them could not be read: see the column error", file=sys.stderr)
     state.destroy_process_group()
     return int(failed > 0)
+
+
+def _specimen(arguments: argparse.Namespace) -> int:
+    from hep2.fields import draw_overlay, read_specimen, specimen_rows
+    from hep2.imaging import read_intensity
+    from hep2.reader import Reader
+
+    if arguments.pixel_size is not None and not arguments.pixel_size > 0:
+        raise ValueError(f"--pixel-size is {arguments.pixel_size}: give micrometres, more than 0")
+    fields = []
+    for path in arguments.fields:
+        try:
+            fields.append((path, *read_intensity(Path(path))))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}: {error}") from error
+    reader = Reader(_open_weights(arguments.weights))
+    specimen = read_specimen(
+        reader,
+        fields,
+        pixel_size=arguments.pixel_size,
+        progress=lambda cells, total: tqdm(cells, total=total, unit="cell", disable=not sys.stderr.isatty()),
+    )
+    if arguments.overlay:
+        for number, (_, intensity, _) in enumerate(fields):
+            path = arguments.overlay
+            if len(fields) > 1:
+                path = path.with_stem(f"{path.stem}-{number + 1}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw_overlay(intensity, [cell for cell in specimen.cells if cell.field == number]).save(path, "PNG")
+    if arguments.json:
+        print(json.dumps(specimen.as_dict(), ensure_ascii=False))
+    elif arguments.csv:
+        csv.writer(sys.stdout, lineterminator="\n").writerows(specimen_rows(specimen))
+    else:
+        print(specimen.verdict + (f" {specimen.probability:.1%}" if specimen.probability is not None else ""))
+        if specimen.interval:
+            print("  between {:.1%} and {:.1%}, in 95 of 100 draws of as many cells".format(*specimen.interval))
+        answer = specimen.as_dict()
+        counts = [f"{name} {count}" for name, count in specimen.counts.items() if count]
+        counts += [f"{answer[what]} {what}" for what in ("refused", "mitotic") if answer[what]]
+        print(f"  {answer['cells']} cells: {', '.join(counts)}")
+        for warning in specimen.warnings:
+            print(f"  note: {warning}")
+    return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

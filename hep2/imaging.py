@@ -142,7 +142,7 @@ def _decode(source: str | Path | bytes | BinaryIO, notes: list[str]) -> np.ndarr
             f"not an image of a known kind (it begins with {data[:8]!r}); give PNG, JPEG, TIFF, BMP or WebP"
         ) from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"the image has more than {MAX_PIXELS:,} pixels: crop one cell out of it") from error
+        raise ImageError(f"the image has more than {MAX_PIXELS:,} pixels: cut out a smaller part") from error
     except Exception as error:  # damaged files make decoders raise anything, TypeError and ZeroDivisionError included
         reason = str(error) or type(error).__name__
         raise ImageError(
@@ -200,7 +200,7 @@ def _array(image: Image.Image, notes: list[str]) -> np.ndarray:
 def _check_size(rows: int, columns: int) -> None:
     if rows * columns > MAX_PIXELS:
         raise ImageError(
-            f"the image has {rows:,} x {columns:,} pixels, more than {MAX_PIXELS:,}: crop one cell out of it"
+            f"the image has {rows:,} x {columns:,} pixels, more than {MAX_PIXELS:,}: cut out a smaller part"
         )
 
 

@@ -7,9 +7,10 @@ camera, and the stretch to 8 bits that the published cells have too.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, zoom
 
 from hep2.patterns import CLASS_NAMES, IMAGE_SIZE
 
@@ -51,6 +52,89 @@ def phantom_cell(pattern: str, random: Random) -> np.ndarray:
         neighbour = draw_nucleus(shape, place, radius * random.uniform(0.85, 1.05), random)
         light = np.maximum(light, random.uniform(0.6, 1.1) * STAINS[pattern](neighbour, random))
     return photograph(light, random)
+
+
+class PhantomCell(NamedTuple):
+    """Where a cell lies in a phantom field: the box round its nucleus, (top, left, height, width), in pixels."""
+
+    bbox: tuple[int, int, int, int]
+    mitotic: bool
+
+
+def phantom_field(
+    pattern: str,
+    random: Random,
+    *,
+    shape: tuple[int, int] = (966, 1296),
+    nucleus: float = 90.0,
+    density: float = 0.5,
+) -> tuple[np.ndarray, list[PhantomCell]]:
+    """Draw a whole slide field of one pattern: uint8 of `shape`, and the cells that lie whole in it.
+
+    `nucleus` is what a nucleus is across, in pixels; at a `density` of 1 there is hardly room for one more. A tenth of
+    the cells touch another, and some are in mitosis; ground and light are uneven, and a scale bar may be drawn in.
+
+    Raises
+    ------
+    ValueError
+        If `pattern` is none of the six.
+    """
+    if pattern not in STAINS:
+        raise ValueError(f"unknown pattern {pattern!r}: choose one of {CLASS_NAMES}")
+    light, cells = np.zeros(shape), []
+    scale = nucleus / 55  # of the cells that `draw_nucleus` gives at a radius of 25 to 30
+    canvas = (136, 136)  # room for cytoplasm at all sides
+    for place, mitotic in _places(shape, nucleus, density, random):
+        drawn = draw_nucleus(canvas, (68, 68), random.uniform(24, 30), random)
+        own = _mitosis(drawn, random) if mitotic else random.uniform(0.7, 1.1) * STAINS[pattern](drawn, random)
+        own, inside = zoom(own, scale, order=1), zoom(drawn.inside, scale, order=1) > 0.5
+        top, left = (int(centre - len(own) / 2) for centre in place)
+        target = light[max(top, 0) : top + len(own), max(left, 0) : left + len(own)]
+        part = own[max(-top, 0) :, max(-left, 0) :][: target.shape[0], : target.shape[1]]
+        np.maximum(target, part, out=target)
+        row, column = np.nonzero(inside)
+        box = (int(top + row.min()), int(left + column.min()), int(np.ptp(row)) + 1, int(np.ptp(column)) + 1)
+        if box[0] > 0 and box[1] > 0 and box[0] + box[2] < shape[0] and box[1] + box[3] < shape[1]:
+            cells.append(PhantomCell(box, mitotic))
+    row, column = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
+    direction = random.uniform(0, 2 * np.pi)
+    ground = random.uniform(0, 0.06) * (1 + np.cos(direction) * row + np.sin(direction) * column)
+    vignette = 1 - random.uniform(0, 0.3) * (row**2 + column**2) / 2
+    image = photograph((light + ground) * vignette, random)
+    if random.random() < 0.5:
+        image[18:30, 20 : 20 + int(1.6 * nucleus)] = 220
+    return image, cells
+
+
+def _places(
+    shape: tuple[int, int], nucleus: float, density: float, random: Random
+) -> Iterator[tuple[tuple[float, float], bool]]:
+    """Yield centres (row, column) of cells, and whether each is in mitosis."""
+    places: list[tuple[float, float]] = []
+    wanted = density * shape[0] * shape[1] / (2.2 * nucleus**2)
+    for _ in range(int(20 * wanted)):
+        place = tuple(random.uniform(-0.3 * nucleus, side + 0.3 * nucleus) for side in shape)
+        apart = 1.25
+        if places and random.random() < 0.1:
+            direction, apart = random.uniform(0, 2 * np.pi), 0.97
+            row, column = places[random.integers(len(places))]
+            distance = nucleus * random.uniform(0.98, 1.08)
+            place = (row + distance * np.sin(direction), column + distance * np.cos(direction))
+        near = all(-0.3 * nucleus < centre < side + 0.3 * nucleus for centre, side in zip(place, shape, strict=True))
+        if near and all(np.hypot(place[0] - row, place[1] - column) > apart * nucleus for row, column in places):
+            places.append(place)
+            yield place, bool(random.random() < 0.05)
+        if len(places) >= wanted:
+            return
+
+
+def _mitosis(nucleus: Nucleus, random: Random) -> np.ndarray:
+    """A plate of condensed chromatin in a round, dim cell."""
+    row, column = np.indices(nucleus.depth.shape) - np.array(nucleus.centre)[:, None, None]
+    tilt = random.uniform(0, np.pi)
+    along, across = row * np.cos(tilt) + column * np.sin(tilt), column * np.cos(tilt) - row * np.sin(tilt)
+    plate = np.exp(-((along / 15) ** 4) - (across / 6) ** 4)
+    return 1.8 * plate + 0.15 / (1 + np.exp(np.hypot(row, column) - nucleus.radius))
 
 
 def photograph(light: np.ndarray, random: Random) -> np.ndarray:

@@ -225,10 +225,19 @@ class Reader:
         maps["ensemble"] = np.mean([maps[model] for model in StackEnsemble.member_names], axis=0)
         return Explanation(self._reading(name, cell, answers, 0), maps)
 
+    def read_cells(self, cells: Sequence[tuple[str, Cell]]) -> Iterator[Reading]:
+        """Read (name, cell) pairs that are prepared already, in order, a batch at a time."""
+        for start in range(0, len(cells), BATCH):
+            yield from self._read_batch(list(cells[start : start + BATCH]))
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Which weights answer: their source and revision."""
+        return {"source": self.weights.source, "revision": self.weights.revision}
+
     def _reading(self, name: str, cell: Cell, answers: Predictions, position: int) -> Reading:
-        origin = {"source": self.weights.source, "revision": self.weights.revision}
         own = {model: values[position] for model, values in answers.probabilities.items()}
-        return Reading(name, cell, own, bool(answers.refused[position]), origin)
+        return Reading(name, cell, own, bool(answers.refused[position]), self.origin)
 
     def _read_batch(self, batch: list[tuple[str, Cell | Failure]]) -> Iterator[Reading | Failure]:
         cells = [cell for _, cell in batch if isinstance(cell, Cell)]

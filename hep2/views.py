@@ -10,12 +10,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hep2.evaluation import draw_curves, draw_reliability
+from hep2.fields import CellReading, SpecimenReading, colour_of
 from hep2.patterns import CLASS_NAMES, ICAP_URL, MODEL_TITLES, PATTERNS, SOURCE_RESULTS
 from hep2.reader import Explanation, Failure, Reading
 from hep2.weights import Weights
 
 COLOURS = {pattern.name: pattern.colour for pattern in PATTERNS}
 NO_VERDICT = "no verdict"
+FIELD_PREVIEW = 1200  # the same of a field
+MOST_CARDS = 200  # cells of a specimen that are shown one by one
 PREVIEW = 320  # largest side of a picture of an upload, in pixels
 
 
@@ -108,6 +111,78 @@ def counts_html(readings: list[Reading | Failure]) -> str:
     tail = ", ".join(f"{count} {text}" for text, count in remarks.items() if count)
     tail = f'<p class="small">{tail}: see the table.</p>' if tail else ""
     return f'<section class="reading"><h3>{len(verdicts)} cells</h3><ul class="bars">{rows}</ul>{tail}</section>'
+
+
+def specimen_html(specimen: SpecimenReading, fields: list[np.ndarray]) -> str:
+    """Show a specimen: its verdict, its fields with the cells outlined, the counts, and the cells by doubt."""
+    verdict = specimen.verdict
+    head = f'<p class="name">{escape(verdict[0].upper() + verdict[1:])}</p>'
+    if specimen.probability is not None:
+        dot = f'<span class="dot" style="background:{COLOURS[verdict]}"></span>'
+        low, high = specimen.interval
+        head = f"""<p class="name">{dot}{verdict}</p><p>{specimen.probability:.1%}, the mean over its cells; between
+{low:.1%} and {high:.1%} in 95 of 100 draws of as many cells</p>"""
+    answer = specimen.as_dict()
+    most = max([*specimen.counts.values(), answer["refused"], answer["mitotic"], 1])
+    others = {"refused": (answer["refused"], "#999999"), "mitotic": (answer["mitotic"], "#FF0000")}
+    rows = {name: (count, COLOURS[name]) for name, count in specimen.counts.items()} | others
+    counts = "".join(_bar(name, count / most, str(count), colour) for name, (count, colour) in rows.items())
+    doubts = "".join(f"<li>{escape(text[0].upper() + text[1:])}.</li>" for text in specimen.warnings)
+    pictures = "".join(_field_picture(specimen, number, field) for number, field in enumerate(fields))
+    order = sorted(range(len(specimen.cells)), key=lambda number: _certainty(specimen.cells[number]))
+    gallery = "".join(_cell_card(specimen.cells[number], number) for number in order[:MOST_CARDS])
+    left_out = f'<p class="small">{MOST_CARDS} of {len(order)}.</p>' if len(order) > MOST_CARDS else ""
+    meaning = meaning_html(verdict) if verdict in CLASS_NAMES else ""
+    return f"""<section class="reading" aria-label="Reading of the specimen">
+<div class="verdict" aria-live="polite">{head}</div><ul class="doubts">{doubts}</ul>{pictures}
+<p class="small">Each cell in its pattern's colour, white where it was refused, red in mitosis. Point at a cell to see
+what it was read as; a click leads to its bars.</p>
+<h3>{len(specimen.cells)} cells</h3><ul class="bars">{counts}</ul>
+<h3>The cells, the most doubtful first</h3>{left_out}<div class="cards">{gallery}</div>{meaning}
+</section>"""
+
+
+def _certainty(cell: CellReading) -> float:
+    return cell.reading.probability if cell.counted else -1.0
+
+
+def _field_picture(specimen: SpecimenReading, number: int, field: np.ndarray) -> str:
+    """Draw one field with its cells as links to their cards."""
+    rows, columns = field.shape
+    small = Image.fromarray(field)
+    small.thumbnail((FIELD_PREVIEW, FIELD_PREVIEW))
+    values = np.asarray(small, dtype=np.float32)
+    low, high = np.quantile(values, [0.01, 0.998])
+    source = picture((values - low) / max(float(high - low), 1e-9))
+    shapes = ""
+    for position, cell in enumerate(specimen.cells):
+        if cell.field == number:
+            points = " ".join(f"{column:.0f},{row:.0f}" for row, column in cell.found.outline)
+            title = f"Cell {position + 1}: {_said(cell)}"
+            shapes += (
+                f'<a href="#cell-{position + 1}" aria-label="{title}"><polygon points="{points}" '
+                f'stroke="{colour_of(cell)}"><title>{title}</title></polygon></a>'
+            )
+    return f"""<figure class="field"><svg viewBox="0 0 {columns} {rows}" role="group" aria-label="Field
+{escape(specimen.files[number])}, {rows} by {columns} pixels"><image href="{source}" width="{columns}" height="{rows}"/>
+{shapes}</svg><figcaption>{escape(specimen.files[number])}</figcaption></figure>"""
+
+
+def _said(cell: CellReading) -> str:
+    if cell.reading.refused:
+        return NO_VERDICT
+    mitotic = ", in mitosis: not counted" if cell.mitotic else ""
+    return f"{cell.reading.verdict} {cell.reading.probability:.0%}{mitotic}"
+
+
+def _cell_card(cell: CellReading, position: int) -> str:
+    bars = "".join(
+        _bar(label, float(p), f"{p:.0%}", COLOURS[label])
+        for label, p in zip(CLASS_NAMES, cell.reading.probabilities["ensemble"], strict=True)
+    )
+    return f"""<figure class="card" id="cell-{position + 1}" style="border-color:{colour_of(cell)}">
+<img class="cell" loading="lazy" src="{picture(cell.reading.cell.pixels[0])}" alt="Cell {position + 1}">
+<figcaption>{position + 1}: {_said(cell)}</figcaption><ul class="bars">{bars}</ul></figure>"""
 
 
 def models_html(weights: Weights) -> str:

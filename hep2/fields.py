@@ -1,0 +1,395 @@
+"""A whole slide field in, a specimen's pattern out: finds the cells, reads each, and pools what the models say."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy import ndimage
+from skimage import feature, filters, measure, morphology, segmentation, transform
+
+from hep2.imaging import Cell, ImageError, prepare
+from hep2.patterns import CLASS_NAMES, IMAGE_SIZE, PATTERNS
+from hep2.reader import DIGITS, Reader, Reading
+
+if TYPE_CHECKING:
+    from skimage.measure._regionprops import RegionProperties
+
+NUCLEUS_MICRONS = 11.0  # across, on average, of the HEp-2 nuclei that we measured against a scale bar
+NUCLEUS_IN_CROP = 57  # pixels across, of a typical nucleus in the 78 that the models were trained on
+WORKING = 32.0  # pixels across of a nucleus in the picture that is segmented: finer detail only costs time
+SMALLEST = 24.0  # pixels across of a nucleus in the field: below, there is no texture to read
+ONE_CELL = 120  # pixels: a picture that is smaller on both sides is no field
+TO_ESTIMATE = 1_500_000  # pixels of a field, at most, on which the size of the nuclei is estimated
+SIZES = (0.5, 1.7)  # accepted equivalent diameters, in units of the nuclei's median
+SOLID = 0.85  # of its convex hull that a cell must fill
+FAINT = 0.06  # of the full range of 8 bits, or of a deeper image's brightest light, that cells must rise above ground
+MOST_REFUSED = 0.5  # of the cells, above which the specimen has no pattern of the six
+LEAST_STAIN = 0.35  # of the stained area that must lie in cells, for the same reason
+SECOND = 0.2  # of the pooled probability, at the lower end of its interval, that makes a second pattern real
+CONDENSED = 1.6  # times the median brightness of the brightest fifth of a cell, from which it is taken as mitotic
+RESAMPLES = 1000
+
+NEGATIVE = "negative or too faint"
+NO_PATTERN = "no pattern of the six"
+NO_CELLS = "no cells found"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundCell:
+    """A cell in a field. Positions are in pixels of the field, rows first; `outline` is (points, 2)."""
+
+    bbox: tuple[int, int, int, int]  # top, left, height, width
+    centre: tuple[float, float]
+    outline: np.ndarray
+    diameter: float  # of the circle of the same area
+    brightness: float  # mean above the ground, in the field's own units
+    peak: float  # the same of the brightest fifth of its pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundField:
+    """The cells of one field; `nucleus` is the median nucleus across, in pixels, and `stained` the share of the
+    stained area that lies in the cells that were accepted."""
+
+    cells: list[FoundCell]
+    nucleus: float
+    stained: float
+    notes: list[str] = field(default_factory=list)
+
+
+def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundField:
+    """Find the cells that lie whole in a field (rows, columns), float32 in any units, bright on dark.
+
+    `pixel_size` is in micrometres; without it the size of the nuclei is estimated from the field itself. Cells that
+    touch the border, debris, saturated blobs and drawn-in scale bars are left out. A nuclear stain is outlined by its
+    nucleus, a cytoplasmic one by its cell.
+    """
+    drawn = _drawn(intensity)
+    if drawn.any():
+        intensity = np.where(drawn, np.median(intensity), intensity)
+    notes = ["a scale bar, writing or saturated light was left out"] if drawn.any() else []
+    nucleus = NUCLEUS_MICRONS / pixel_size if pixel_size else _estimate_nucleus(intensity)
+    if nucleus is None:
+        return FoundField(cells=[], nucleus=0.0, stained=0.0, notes=notes)
+    if nucleus < SMALLEST:
+        notes.append(
+            f"nuclei are only some {nucleus:.0f} pixels across: fine texture is missing, so the verdict is unsure"
+        )
+    labels, scale, working = _segment(intensity, nucleus)
+    drawn = transform.resize(drawn, labels.shape, order=0) if drawn.any() else np.zeros(labels.shape, bool)
+    ground = float(np.median(working[labels == 0])) if (labels == 0).any() else float(working.min())
+    regions = measure.regionprops(labels)
+    whole = [region for region in regions if _is_whole(region, labels.shape) and not drawn[region.slice].any()]
+    sizes = [r.equivalent_diameter_area for r in whole if r.equivalent_diameter_area > SIZES[0] * nucleus * scale]
+    # The median is taken over what may be nuclei: dust is more frequent than cells in a thin field.
+    median = float(np.median(sizes)) if sizes and not pixel_size else nucleus * scale
+    accepted = [
+        region
+        for region in whole
+        if SIZES[0] * median < region.equivalent_diameter_area < SIZES[1] * median and region.solidity > SOLID
+    ]
+    cells = [_found(region, scale, working, ground) for region in accepted]
+    inner = sum(region.area for region in regions if _is_whole(region, labels.shape))
+    stained = sum(region.area for region in accepted) / max(1.0, float(inner))
+    return FoundField(cells=cells, nucleus=median / scale, stained=stained, notes=notes)
+
+
+def _estimate_nucleus(intensity: np.ndarray) -> float | None:
+    """Try sizes, and take the one at which what is found is round, whole and of the size that was looked for."""
+    rows, columns = intensity.shape
+    if min(rows, columns) < 2 * SMALLEST:
+        return None
+    # The middle of a large field is enough, and keeps the cost of a field of 20 megapixels down.
+    side = int(TO_ESTIMATE**0.5)
+    top, left = max(0, (rows - side) // 2), max(0, (columns - side) // 2)
+    middle = intensity[top : top + side, left : left + side]
+    best, nucleus = 0.0, None
+    size = SMALLEST
+    while size < min(middle.shape) / 2:
+        labels, scale, _ = _segment(middle, size)
+        looked_for, score, sizes = size * scale, 0.0, []
+        for region in measure.regionprops(labels):
+            across = region.equivalent_diameter_area
+            if across > 0.3 * looked_for:
+                fit = np.exp(-((np.log(across / looked_for) / 0.35) ** 2))
+                score += region.area * region.solidity**4 * fit / labels.size
+                sizes.append(across / scale)
+        if score > best:
+            best, nucleus = score, float(np.median(sizes))
+        size *= 2**0.5
+    return nucleus
+
+
+def _segment(intensity: np.ndarray, nucleus: float) -> tuple[np.ndarray, float, np.ndarray]:
+    """Label what is stained, touching cells apart; returns labels, their scale, and the picture at that scale."""
+    scale = min(1.0, WORKING / nucleus)
+    picture = intensity
+    if scale < 1:
+        picture = transform.rescale(intensity, scale, anti_aliasing=True, preserve_range=True)
+    picture, across = picture.astype(np.float32), nucleus * scale
+    # The ground, uneven as it is: what is left when everything narrower than a cell and a half is taken away.
+    coarse = transform.downscale_local_mean(picture, (4, 4))
+    ground = ndimage.grey_opening(ndimage.gaussian_filter(coarse, 1), size=2 * int(0.4 * across) + 1)
+    ground = transform.resize(ndimage.gaussian_filter(ground, across / 4), picture.shape, order=1, preserve_range=True)
+    # The root keeps a dim nucleus with bright dots in one piece.
+    light = ndimage.gaussian_filter(np.sqrt(np.clip(picture - ground, 0, None)), across / 12)
+    if light.max() <= light.min():
+        return np.zeros(picture.shape, int), scale, picture
+    bright = (light > 0.85 * filters.threshold_otsu(light)) & (light > ndimage.gaussian_filter(light, 1.2 * across))
+    mask = ndimage.binary_fill_holes(morphology.opening(bright, morphology.disk(max(1, int(across / 10)))))
+    depth = ndimage.gaussian_filter(ndimage.distance_transform_edt(mask), across / 16)
+    peaks = feature.peak_local_max(
+        depth,
+        min_distance=int(0.3 * across),
+        threshold_abs=0.15 * across,
+        labels=measure.label(mask),
+        exclude_border=False,
+    )
+    seeds = np.zeros(picture.shape, int)
+    seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
+    return segmentation.watershed(-depth, seeds, mask=mask), scale, picture
+
+
+def _drawn(intensity: np.ndarray) -> np.ndarray:
+    """Mark what no light has made: bright areas without any noise, such as scale bars and saturated blobs."""
+    flat = ndimage.maximum_filter(intensity, 5) == ndimage.minimum_filter(intensity, 5)
+    flat &= intensity > np.median(intensity) + 0.25 * (intensity.max() - np.median(intensity))
+    if not flat.any():
+        return flat
+    # Writing lies in or beside its bar: the box round them goes as a whole.
+    marked = np.zeros_like(flat)
+    for region in measure.regionprops(measure.label(ndimage.binary_dilation(flat, iterations=8))):
+        if flat[region.slice].sum() > 40:
+            marked[region.slice] = True
+    return marked
+
+
+def _is_whole(region: "RegionProperties", shape: tuple[int, int]) -> bool:
+    top, left, bottom, right = region.bbox
+    return top > 0 and left > 0 and bottom < shape[0] and right < shape[1]
+
+
+def _found(region: "RegionProperties", scale: float, working: np.ndarray, ground: float) -> FoundCell:
+    top, left, bottom, right = (round(edge / scale) for edge in region.bbox)
+    light = np.sort(working[region.slice][region.image]) - ground
+    contour = max(measure.find_contours(np.pad(region.image, 1).astype(float), 0.5), key=len)
+    contour = measure.approximate_polygon(contour, 0.6) - 1 + np.array(region.bbox[:2])
+    return FoundCell(
+        bbox=(top, left, bottom - top, right - left),
+        centre=tuple(float(c) / scale for c in region.centroid),
+        outline=contour / scale,
+        diameter=float(region.equivalent_diameter_area) / scale,
+        brightness=float(light.mean()),
+        peak=float(light[int(0.8 * len(light)) :].mean()),
+    )
+
+
+def crop(intensity: np.ndarray, cell: FoundCell, nucleus: float) -> np.ndarray:
+    """Cut out one cell as the models know cells: (1, 78, 78), float32 in [0, 1], the nucleus some 57 pixels across."""
+    side = round(nucleus * IMAGE_SIZE / NUCLEUS_IN_CROP)
+    top, left = (round(c - side / 2) for c in cell.centre)
+    rows = _mirrored(np.arange(top, top + side), intensity.shape[0])
+    columns = _mirrored(np.arange(left, left + side), intensity.shape[1])
+    return prepare(np.ascontiguousarray(intensity[np.ix_(rows, columns)]))
+
+
+def _mirrored(position: np.ndarray, size: int) -> np.ndarray:
+    return np.clip((size - 1) - abs((size - 1) - abs(position)), 0, size - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellReading:
+    """One cell of a specimen: the field it lies in, where, and its reading."""
+
+    field: int
+    found: FoundCell
+    reading: Reading
+    mitotic: bool
+
+    @property
+    def counted(self) -> bool:
+        return not self.mitotic and not self.reading.refused
+
+    def as_dict(self) -> dict:
+        answer = self.reading.as_dict()
+        kept = {key: answer[key] for key in ("verdict", "probability", "agreement", "models")}
+        refused = {"refused": self.reading.refused, "mitotic": self.mitotic}
+        return {"field": self.field, "bbox": list(self.found.bbox), **kept, **refused}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecimenReading:
+    """What one specimen shows, from all its cells together.
+
+    `verdict` is one of the six patterns, or `NEGATIVE`, `NO_PATTERN` or `NO_CELLS`, which have no probability.
+    `second` names another pattern that is really there, if there is one.
+    """
+
+    files: list[str]
+    verdict: str
+    probability: float | None
+    interval: tuple[float, float] | None
+    second: str | None
+    cells: list[CellReading]
+    warnings: list[str]
+    weights: dict[str, str]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        verdicts = [cell.reading.verdict for cell in self.cells if cell.counted]
+        return {name: verdicts.count(name) for name in CLASS_NAMES}
+
+    def as_dict(self) -> dict:
+        return {
+            "files": self.files,
+            "verdict": self.verdict,
+            "probability": self.probability,
+            "interval": None if self.interval is None else list(self.interval),
+            "second": self.second,
+            "cells": len(self.cells),
+            "counts": self.counts,
+            "refused": sum(cell.reading.refused for cell in self.cells),
+            "mitotic": sum(cell.mitotic for cell in self.cells),
+            "per_cell": [cell.as_dict() for cell in self.cells],
+            "warnings": self.warnings,
+            "weights": self.weights,
+        }
+
+
+def read_specimen(
+    reader: Reader,
+    fields: list[tuple[str, np.ndarray, list[str]]],
+    *,
+    pixel_size: float | None = None,
+    progress: Callable[[Iterable, int], Iterable] = lambda cells, total: cells,
+) -> SpecimenReading:
+    """Read one specimen from its fields: (name, intensity, notes) each, as `hep2.imaging.read_intensity` gives them.
+
+    `pixel_size` is in micrometres. `progress` wraps the cells as they are read, and is told how many there are.
+    """
+    names = [name for name, _, _ in fields]
+    if all(max(intensity.shape) < ONE_CELL for _, intensity, _ in fields):
+        remark = "the image is no larger than one cell is: give it as a cell, not as a field"
+        return SpecimenReading(
+            files=names,
+            verdict=NO_CELLS,
+            probability=None,
+            interval=None,
+            second=None,
+            cells=[],
+            warnings=[remark],
+            weights=reader.origin,
+        )
+    found = [find_cells(intensity, pixel_size) for _, intensity, _ in fields]
+    warnings = [note for (_, _, notes), one in zip(fields, found, strict=True) for note in (*notes, *one.notes)]
+    placed, crops = [], []
+    for number, ((_, intensity, _), one) in enumerate(zip(fields, found, strict=True)):
+        for cell in one.cells:
+            try:
+                crops.append(crop(intensity, cell, one.nucleus))
+            except ImageError:  # a crop without any light
+                continue
+            placed.append((number, cell))
+    cells = [(f"cell {number + 1}", Cell(pixels, ())) for number, pixels in enumerate(crops)]
+    readings = list(progress(reader.read_cells(cells), len(cells)))
+    condensed = _condensed([cell for _, cell in placed])
+    read = [
+        CellReading(field=number, found=cell, reading=reading, mitotic=mitotic)
+        for (number, cell), reading, mitotic in zip(placed, readings, condensed, strict=True)
+    ]
+    faint = all(_is_faint(intensity, one) for (_, intensity, _), one in zip(fields, found, strict=True))
+    stained = float(np.mean([one.stained for one in found])) if found else 0.0
+    verdict, probability, interval, second, remarks = _pool(read, faint, stained)
+    return SpecimenReading(
+        files=names,
+        verdict=verdict,
+        probability=probability,
+        interval=interval,
+        second=second,
+        cells=read,
+        warnings=warnings + remarks,
+        weights=reader.origin,
+    )
+
+
+def _condensed(cells: list[FoundCell]) -> list[bool]:
+    """Tell cells in mitosis by their chromatin, which is packed and so much brighter than the others': where it stains."""
+    if len(cells) < 5:
+        return [False] * len(cells)
+    usual = np.median([cell.peak for cell in cells])
+    return [bool(cell.peak > CONDENSED * usual) for cell in cells]
+
+
+def _is_faint(intensity: np.ndarray, found: FoundField) -> bool:
+    if not found.cells:
+        return True
+    # Eight bits are a camera's own range. Deeper images rarely use theirs: their brightest light takes its place.
+    full = 255.0 if intensity.max() <= 255 else float(intensity.max())
+    return float(np.median([cell.brightness for cell in found.cells])) < FAINT * full
+
+
+def _pool(
+    cells: list[CellReading], faint: bool, stained: float
+) -> tuple[str, float | None, tuple[float, float] | None, str | None, list[str]]:
+    """Weigh the cells' calibrated probabilities: verdict, probability, interval, a second pattern, and remarks."""
+    counted = [cell for cell in cells if cell.counted]
+    if not cells:
+        return NO_CELLS, None, None, None, ["no whole cell was found: is it a field of cells, bright on dark?"]
+    if faint:
+        return NEGATIVE, None, None, None, ["the cells hardly rise above the ground: expose longer, or it is negative"]
+    refused = sum(cell.reading.refused for cell in cells) / len(cells)
+    if refused > MOST_REFUSED or not counted:
+        return NO_PATTERN, None, None, None, [f"refused: {refused:.0%} of the cells show none of the six patterns"]
+    if stained < LEAST_STAIN:
+        remark = f"refused: only {stained:.0%} of what is stained lies in cells that can be told apart"
+        return NO_PATTERN, None, None, None, [remark]
+    values = np.stack([cell.reading.probabilities["ensemble"] for cell in counted])  # (cells, 6)
+    random = np.random.default_rng(0)
+    means = values[random.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)  # (resamples, 6)
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    first, next_one = values.mean(0).argsort()[::-1][:2]
+    remarks = []
+    if len(counted) < 10:
+        remarks.append(f"only {len(counted)} cells were read: the verdict rests on few")
+    second = CLASS_NAMES[next_one] if low[next_one] > SECOND else None
+    if second:
+        remarks.append(f"mixed: {second} is there too, with a probability of {values.mean(0)[next_one]:.0%}")
+    interval = (round(float(low[first]), DIGITS), round(float(high[first]), DIGITS))
+    return CLASS_NAMES[first], round(float(values.mean(0)[first]), DIGITS), interval, second, remarks
+
+
+def specimen_rows(specimen: SpecimenReading) -> list[list]:
+    """Lay out the cells as a table, its header first."""
+    models = list(specimen.cells[0].reading.probabilities) if specimen.cells else []
+    columns = [f"{model}_{name}" for model in models for name in CLASS_NAMES]
+    place = ["top", "left", "height", "width"]
+    rows = [["field", *place, "verdict", "probability", "agreement", "refused", "mitotic", *columns]]
+    for cell in specimen.cells:
+        answer = cell.as_dict()
+        first = [answer[key] for key in ("verdict", "probability", "agreement", "refused", "mitotic")]
+        numbers = [value for model in answer["models"].values() for value in model.values()]
+        rows.append([specimen.files[cell.field], *answer["bbox"], *first, *numbers])
+    return rows
+
+
+def draw_overlay(intensity: np.ndarray, cells: list[CellReading]) -> Image.Image:
+    """Draw a field (rows, columns) with each cell outlined in its pattern's colour: white is refused, red mitotic."""
+    low, high = np.quantile(intensity, [0.01, 0.998])
+    grey = ((intensity - low) / max(high - low, 1e-9)).clip(0, 1)
+    picture = Image.fromarray((255 * grey).astype(np.uint8)).convert("RGB")
+    pen = ImageDraw.Draw(picture)
+    width = max(2, round(max(intensity.shape) / 500))
+    for cell in cells:
+        outline = [(float(column), float(row)) for row, column in cell.found.outline]
+        pen.line([*outline, outline[0]], fill=colour_of(cell), width=width, joint="curve")
+    return picture
+
+
+def colour_of(cell: CellReading) -> str:
+    """Return the colour of a cell's outline."""
+    if cell.mitotic:
+        return "#FF0000"
+    colours = {pattern.name: pattern.colour for pattern in PATTERNS}
+    return colours.get(cell.reading.verdict, "#FFFFFF")
