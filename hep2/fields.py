@@ -315,7 +315,7 @@ def read_specimen(
 
 
 def _condensed(cells: list[FoundCell]) -> list[bool]:
-    """Tell cells in mitosis by their chromatin, which is packed and so much brighter than the others': where it stains."""
+    """Tell cells in mitosis by their chromatin, packed and so brighter than the others', where it stains."""
     if len(cells) < 5:
         return [False] * len(cells)
     usual = np.median([cell.peak for cell in cells])

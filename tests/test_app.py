@@ -1,3 +1,4 @@
+import io
 import json
 import pickle
 import subprocess
@@ -8,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx2
+import numpy as np
 import pytest
 from conftest import ROOT, serving_page
 from gradio_client import Client, handle_file
@@ -21,7 +23,7 @@ import app
 from hep2.data import load_cells, split
 from hep2.imaging import load_cell
 from hep2.patterns import CLASS_NAMES
-from hep2.phantoms import phantom_files
+from hep2.phantoms import phantom_field, phantom_files
 from hep2.reader import Reader
 from hep2.weights import load_weights
 
@@ -92,11 +94,26 @@ def test_models_names_source_and_revision(client, untrained):
 
 def test_api_names_and_documents_the_public_functions_alone(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
-    assert set(endpoints) == {"/classify", "/classify_batch", "/explain", "/models"}
+    assert set(endpoints) == {"/classify", "/classify_batch", "/explain", "/models", "/specimen"}
     for endpoint in endpoints.values():
         assert len(endpoint["description"]) > 40
         assert all("value" not in one["label"] for one in endpoint["returns"])
     assert endpoints["/classify"]["parameters"][0]["parameter_name"] == "image"
+
+
+def test_specimen_reads_fields_and_names_what_it_cannot_read(web):
+    image, cells = phantom_field("NuMem", np.random.default_rng(0), shape=(480, 640), nucleus=60.0)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    field, bad = upload(web, "field.png", file.getvalue()), upload(web, "bad.png", b"no image")
+    kind, (answer,) = call(web, "specimen", [field, field], None)
+    assert kind == "complete"
+    assert answer["files"] == ["field.png", "field.png"]
+    assert len(cells) < answer["cells"] < 3 * len(cells)
+    assert {cell["field"] for cell in answer["per_cell"]} == {0, 1}
+    assert "not an image" in call(web, "specimen", [bad], None)[1][0]["error"]
+    assert "pixel_size is -1" in call(web, "specimen", [field], -1)[1][0]["error"]
+    assert "no image came" in call(web, "specimen", None, None)[1][0]["error"]
 
 
 def test_every_kind_of_upload_gets_its_answer_and_costs_no_other(web):

@@ -77,9 +77,8 @@ def test_find_cells_leaves_out_scale_bar_debris_and_cells_at_the_border():
 def test_crop_shows_the_nucleus_as_large_as_in_the_training_cells():
     row, column = np.indices(SHAPE)
     image = (np.hypot(row - 240, column - 320) < 50).astype(np.float32)
-    cell = FoundCell(
-        bbox=(0, 0, 0, 0), centre=(240.0, 320.0), outline=np.zeros((0, 2)), diameter=100.0, brightness=1.0, peak=1.0
-    )
+    place = {"bbox": (0, 0, 0, 0), "centre": (240.0, 320.0), "outline": np.zeros((0, 2))}
+    cell = FoundCell(**place, diameter=100.0, brightness=1.0, peak=1.0)
     pixels = crop(image, cell, nucleus=100.0)
     assert pixels.shape == (1, 78, 78)
     assert (pixels[0, 39] > 0.5).sum() == pytest.approx(57, abs=2)

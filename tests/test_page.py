@@ -5,11 +5,13 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, serving_page
 from uploads import cell, encoded, tiff, uploads
 
 from hep2.patterns import CLASS_NAMES
+from hep2.phantoms import phantom_field
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -206,3 +208,22 @@ def test_no_width_scrolls_sideways_and_every_text_has_contrast_aa(visit, scheme,
         page.wait_for_timeout(400)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(Path(ROOT / "tests/contrast.js").read_text()) == []
+
+
+def test_a_field_shows_its_cells_outlined_and_one_by_one(visit):
+    page = visit()
+    page.get_by_role("tab", name="A field").click()
+    image, _ = phantom_field("NuMem", np.random.default_rng(0), shape=(480, 640), nucleus=60.0)
+    give(page, ("field.png", encoded(image, "PNG")), box="upload-field")
+    page.wait_for_selector("#specimen .name")
+    assert page.locator("#specimen .name").inner_text() == "NuMem"
+    outlines, cards = page.locator("#specimen svg a"), page.locator("#specimen .card")
+    assert outlines.count() == cards.count() >= 8
+    assert sum("NuMem" in outline.get_attribute("aria-label") for outline in outlines.all()) >= 5
+    outlines.first.click()
+    target = outlines.first.get_attribute("href")
+    assert page.locator(f"{target}:target .bars li").count() == 6
+    with page.expect_download() as download:
+        page.get_by_role("link", name="specimen.csv").or_(page.locator("a[download='specimen.csv']")).first.click()
+    rows = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))
+    assert len(rows) == cards.count()
