@@ -1,0 +1,103 @@
+"""Time and memory against the number of cells: through the command line, and through the page's API.
+
+    python benchmarks/growth.py [--counts 10 100 1000 10000]
+
+Draws as many synthetic cells into a temporary folder, and prints a table in Markdown. Memory is the most that the
+reading process has held. Seconds include its start, or, for the API, sending the files.
+"""
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from gradio_client import Client, handle_file
+from PIL import Image
+
+from hep2.patterns import CLASS_NAMES
+from hep2.phantoms import phantom_files
+
+ROOT = Path(__file__).parents[1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, and print; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--counts", type=int, nargs="+", default=(10, 100, 1000, 10_000))
+    arguments = parser.parse_args(argv)
+    print("| cells | classify, s | cells a second | MB | /classify_batch, s | cells a second | MB |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        cells = Path(name) / "cells"
+        cells.mkdir()
+        with serving() as (address, process):
+            client = Client(address, verbose=False)
+            for count in sorted(arguments.counts):
+                files = draw(cells, count)
+                seconds, memory = classify(cells, Path(name) / f"{count}.csv")
+                started = time.perf_counter()
+                answers = client.predict([handle_file(file) for file in files], api_name="/classify_batch")
+                served = time.perf_counter() - started
+                assert len(answers) == count, f"{len(answers)} answers for {count} cells"
+                print(
+                    f"| {count:,} | {seconds:.1f} | {count / seconds:.0f} | {memory / 1e6:.0f} | {served:.1f} | "
+                    f"{count / served:.0f} | {high_water(process.pid) / 1e6:.0f} |",
+                    flush=True,
+                )
+    return 0
+
+
+def draw(folder: Path, count: int) -> list[str]:
+    """Fill `folder` up to `count` cells, and return their paths."""
+    drawn = len(list(folder.iterdir()))
+    for number, (_, image, _) in enumerate(phantom_files(-(-count // len(CLASS_NAMES)))):
+        if drawn <= number < count:
+            Image.fromarray(image).save(folder / f"{number:06}.png")
+    return sorted(str(path) for path in folder.iterdir())
+
+
+def classify(folder: Path, table: Path) -> tuple[float, int]:
+    """Read all cells of a folder by the command line; returns seconds and bytes."""
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "hep2", "classify", str(folder), "--output", str(table)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
+    return time.perf_counter() - started, usage.ru_maxrss * 1024
+
+
+@contextmanager
+def serving():
+    """Start the page in a process of its own; gives its address and the process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "app.py", "--host", "127.0.0.1", "--port", str(port)], cwd=ROOT)
+    try:
+        for _ in range(600):
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/", process
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+def high_water(pid: int) -> int:
+    """Return the most memory that a process has held so far, in bytes; Linux only."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
