@@ -3,7 +3,6 @@
 import argparse
 import csv
 import io
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -14,12 +13,12 @@ from typing import NamedTuple
 
 import gradio as gr
 import spaces  # before PyTorch: on ZeroGPU it lends the card, elsewhere it does nothing
-import torch
 from gradio.blocks import BlockFunction
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 
+from hep2.__main__ import add_weights_option
 from hep2.data import load_cells
 from hep2.fields import draw_overlay, read_specimen, specimen_rows
 from hep2.hub import open_weights
@@ -36,7 +35,7 @@ from hep2.views import (
     specimen_html,
     verdict_html,
 )
-from hep2.weights import Weights
+from hep2.weights import Weights, best_device
 
 SYNTHETIC = Path(__file__).with_name("examples")
 CSS = Path(__file__).with_name("hep2") / "views.css"
@@ -382,12 +381,7 @@ def build(page: Page, first: str) -> gr.Blocks:
 def main(argv: list[str] | None = None) -> int:
     """Load the weights and serve the page; returns the exit status."""
     parser = argparse.ArgumentParser(description="The page and API that read HEp-2 cells. Not for clinical use.")
-    parser.add_argument(
-        "--weights",
-        default=os.environ.get("HEP2_WEIGHTS"),
-        metavar="NAME",
-        help="OWNER/NAME[@revision] on the Hub or a folder (default: HEP2_WEIGHTS, else the bundled ones)",
-    )
+    add_weights_option(parser)
     parser.add_argument("--dataset", help="Hub name or local folder: examples are its test cells (default: synthetic)")
     parser.add_argument("--host", default=None, help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=None)
@@ -401,8 +395,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         # The first view is read before the models move to a card, which ZeroGPU lends to requests alone.
         first = reading_html(Reader(weights).explain, examples[0])
-        # The one place that names a device: training leaves it to accelerate.
-        reader = Reader(weights.to("cuda" if torch.cuda.is_available() else "cpu"))
+        reader = Reader(weights.to(best_device()))
         blocks = build(Page(reader, examples, text), first)
         # Told of every finished job, those who wait would each gather a letter for all the others.
         blocks.queue(max_size=QUEUE, status_update_rate=1)

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     form = classify.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line, one line an image")
     form.add_argument("--csv", action="store_true", help="a table with a line for each image")
-    _add_weights(classify)
+    add_weights_option(classify)
     classify.set_defaults(run=_classify)
 
     specimen = commands.add_parser("specimen", help="find and read the cells of whole slide fields of one specimen")
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     form.add_argument("--json", action="store_true", help="one JSON object, with every cell")
     form.add_argument("--csv", action="store_true", help="a table with a line for each cell")
     specimen.add_argument("--overlay", type=Path, metavar="PNG", help="draw the cells in the colours of their patterns")
-    _add_weights(specimen)
+    add_weights_option(specimen)
     specimen.set_defaults(run=_specimen)
 
     evaluate = commands.add_parser("evaluate", help="measure weights on test cells that they have not seen")
@@ -59,19 +59,19 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--fold", type=int, help="0 to 3, of the protocol 'specimen' (default: the weights' own)")
     evaluate.add_argument("--output", type=Path, required=True, metavar="DIR", help="for metrics.json and the rest")
     evaluate.add_argument("--epochs", type=int, help="for the four folds, in place of the recipe's")
-    _add_weights(evaluate)
+    add_weights_option(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     stress = commands.add_parser("stress", help="spoil test cells, and give images that are no cells")
     _add_dataset(stress)
     stress.add_argument("--json", action="store_true", help="one JSON object in place of the tables")
-    _add_weights(stress)
+    add_weights_option(stress)
     stress.set_defaults(run=_stress)
 
     bench = commands.add_parser("bench", help="measure speed on this machine, beside ordinary networks")
     bench.add_argument("--json", action="store_true", help="one JSON object in place of the tables")
     bench.add_argument("--training", action="store_true", help="measure training as well")
-    _add_weights(bench)
+    add_weights_option(bench)
     bench.set_defaults(run=_bench)
 
     audit = commands.add_parser("audit", help="count a dataset's classes and find its duplicates")
@@ -97,7 +97,8 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", default=DEFAULT_DATASET, help="Hub name, local folder, or phantoms[:COUNT]")
 
 
-def _add_weights(parser: argparse.ArgumentParser) -> None:
+def add_weights_option(parser: argparse.ArgumentParser) -> None:
+    """Let a command line name the weights to read with."""
     parser.add_argument(
         "--weights",
         default=os.environ.get("HEP2_WEIGHTS"),
@@ -108,13 +109,10 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 
 def _open_weights(name: str | None) -> "Weights":
     # PyTorch takes seconds to import: help and wrong arguments need not wait for it.
-    import torch
-
     from hep2.hub import open_weights
+    from hep2.weights import best_device
 
-    weights = open_weights(name)
-    if torch.cuda.is_available():
-        weights = weights.to("cuda")
+    weights = open_weights(name).to(best_device())
     for note in weights.notes:
         print(f"hep2: {note}", file=sys.stderr)
     return weights
@@ -252,6 +250,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
     print(f"protocol {result['protocol']}, seed {result['seed']}, {result['test_size']:,} test cells\n")
     print(comparison_table(result["models"]))
+    print(f"\n{result['refused']:.1%} of the cells would get no verdict; the figures count them all the same.")
     print(f"\nStack ensemble, class by class\n{class_report(result['models']['ensemble'])}")
     print(f"\nmetrics.json, predictions.csv and figures are in {arguments.output}")
     return 0

@@ -241,8 +241,16 @@ def _figures_text(weights: Weights) -> str:
 def _specimen_text(metrics: dict) -> str:
     if "specimen" not in metrics:
         return "Held-out specimens were not measured for these weights: expect less on a new patient."
-    result = metrics["specimen"]["models"]["ensemble"]
-    return (
-        f"On held-out specimens ({metrics['specimen']['folds']} folds) the stack ensemble has {result['accuracy']:.4f} "
-        f"accuracy and {result['mean_class_accuracy']:.4f} mean class accuracy: that is what a new patient is like."
+    specimen = metrics["specimen"]
+    blocks = specimen["blocks"]["ensemble"]
+    rows = "".join(
+        f"| {MODEL_TITLES[name]} | {result['accuracy']:.4f} | {result['mean_class_accuracy']:.4f} | "
+        f"{result['ece']:.4f} |\n"
+        for name, result in specimen["models"].items()
     )
+    return f"""On held-out specimens, {specimen["folds"]} folds that divide none, which is what a new patient is like:
+
+| model | accuracy | mean class accuracy | calibration error |
+|---|---|---|---|
+{rows}
+From all its cells together, the stack ensemble reads {blocks["right"]} of {blocks["total"]} specimens right."""

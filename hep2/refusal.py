@@ -12,11 +12,13 @@ from torch import Generator, Tensor
 from hep2.augmentation import augment_tuned
 from hep2.imaging import ImageError, prepare
 from hep2.models import Refusal
-from hep2.patterns import IMAGE_SIZE
+from hep2.patterns import CLASS_NAMES, IMAGE_SIZE
+from hep2.phantoms import Nucleus, draw_nucleus, grain, phantom_cell, photograph, spots
 
 Random = np.random.Generator
 
 REFUSED_VALIDATION = 0.01  # share of the validation cells that the threshold refuses
+PHANTOMS = 50  # of each pattern, among the cells
 MOST = 6000  # examples of each kind to learn from: more cost time and change little
 # What another microscope may do to a cell without its ceasing to be one.
 ANOTHER_MICROSCOPE = {"zoom": 0.25, "sharpness": 1.5, "noise": 0.05, "gain": 0.3}
@@ -30,7 +32,8 @@ def fit_refusal(
     validation: Tensor,
     seed: int,
 ) -> Refusal:
-    """Learn to tell train cells, as they are and as another microscope would show them, from what is no cell.
+    """Learn to tell cells from what is none: train cells, as they are and as another microscope would show them, and a
+    few phantoms, lest what is drawn be refused for being drawn.
 
     `features_of` maps images (batch, 1, 78, 78) to features (batch, features); `train` and `validation` are such
     images, in [0, 1]. The threshold is set so that one in a hundred validation cells is refused.
@@ -38,12 +41,13 @@ def fit_refusal(
     random = np.random.default_rng(seed)
     cells = train[np.sort(random.permutation(len(train))[:MOST])]
     changed = augment_tuned(cells, Generator().manual_seed(seed), **ANOTHER_MICROSCOPE)
+    drawn = [prepare(phantom_cell(name, random).astype(np.float32)) for name in CLASS_NAMES for _ in range(PHANTOMS)]
     others = torch.from_numpy(draw_not_cells(len(cells), cells[:, 0].numpy(), random)[0])
-    parts = [features_of(images).float() for images in (cells, changed, others)]
+    parts = [features_of(images).float() for images in (cells, changed, torch.from_numpy(np.stack(drawn)), others)]
     refusal = Refusal(members, parts[0].shape[1])
     refusal.mean, refusal.spread = parts[0].mean(0), parts[0].std(0) + 1e-3
     known = ((torch.cat(parts) - refusal.mean) / refusal.spread).clamp(-8, 8)
-    is_cell = np.repeat([1, 1, 0], [len(part) for part in parts])
+    is_cell = np.repeat([1, 1, 1, 0], [len(part) for part in parts])
     # A tenth of the usual strength: features are many, and the kinds of images that are no cells have no end.
     fitted = LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000).fit(known.numpy(), is_cell)
     refusal.linear.weight.data = torch.from_numpy(fitted.coef_).float()
@@ -203,6 +207,55 @@ def too_far(random: Random, cells: np.ndarray) -> np.ndarray:
     return mosaic[:IMAGE_SIZE, :IMAGE_SIZE]
 
 
+def mitochondrial(random: Random, cells: np.ndarray) -> np.ndarray:
+    """Another pattern: grains all through the cytoplasm (AC-21), a dark nucleus."""
+    nucleus = _nucleus(random)
+    cytoplasm = np.exp(np.minimum(nucleus.depth, 0) / random.uniform(6, 14)) * (
+        1 - random.uniform(0.7, 1) * nucleus.inside
+    )
+    grains = np.exp(random.uniform(0.4, 0.9) * grain(SHAPE, random.uniform(0.7, 1.5), random))
+    return photograph(cytoplasm * grains + random.uniform(0, 0.15) * nucleus.inside, random)
+
+
+def few_dots(random: Random, cells: np.ndarray) -> np.ndarray:
+    """Another pattern: a few dots in the nucleus (AC-6, AC-7), where centromeres would be fifty."""
+    nucleus = _nucleus(random)
+    count = random.integers(1, 12)
+    angle, distance = random.uniform(0, 2 * np.pi, count), nucleus.radius * 0.85 * random.uniform(0, 1, count) ** 0.5
+    places = np.stack([nucleus.centre[0] + distance * np.sin(angle), nucleus.centre[1] + distance * np.cos(angle)], 1)
+    dots = spots(SHAPE, places, random.uniform(0.8, 1.6, count), random.uniform(0.5, 1.2, count))
+    body = np.exp(np.minimum(nucleus.depth, 0) / random.uniform(4, 14))
+    texture = 1 + random.uniform(0.1, 0.5) * grain(SHAPE, random.uniform(0.7, 1.5), random)
+    return photograph(dots + random.uniform(0.1, 0.6) * body * texture.clip(0), random)
+
+
+def fibrillar(random: Random, cells: np.ndarray) -> np.ndarray:
+    """Another pattern: fibres through the cytoplasm (AC-15 to AC-17), past a darker nucleus or over it."""
+    row, column = np.indices(SHAPE)
+    nucleus, light = _nucleus(random), np.zeros(SHAPE)
+    direction = random.uniform(0, np.pi)
+    for _ in range(random.integers(8, 40)):
+        tilt = direction + random.normal(0, random.choice([0.1, 1.0]))
+        top, left = random.uniform(0, IMAGE_SIZE, 2)
+        along = (column - left) * np.cos(tilt) + (row - top) * np.sin(tilt)
+        across = (row - top) * np.cos(tilt) - (column - left) * np.sin(tilt) + random.normal(0, 0.004) * along**2
+        light += random.uniform(0.3, 1) * np.exp(-((across / random.uniform(0.8, 1.6)) ** 2)) * (abs(along) < 40)
+    return photograph(light * (1 - random.uniform(0, 0.8) * nucleus.inside) + 0.1, random)
+
+
+def diffuse(random: Random, cells: np.ndarray) -> np.ndarray:
+    """Another pattern: a cytoplasm evenly or finely stained (AC-19, AC-20), a darker nucleus."""
+    nucleus = _nucleus(random)
+    edge = 1 / (1 + np.exp(-(nucleus.depth + random.uniform(10, 25)) / random.uniform(1, 4)))
+    texture = 1 + random.uniform(0, 0.3) * grain(SHAPE, random.uniform(0.7, 2), random)
+    return photograph(edge * (1 - random.uniform(0.4, 1) * nucleus.inside) * texture.clip(0), random)
+
+
+def _nucleus(random: Random) -> Nucleus:
+    centre = tuple(IMAGE_SIZE / 2 + random.normal(0, 4, 2))
+    return draw_nucleus(SHAPE, centre, random.uniform(14, 27), random)
+
+
 # Draw functions take a generator and cells (cells, 78, 78) float32 in [0, 1], and return one image (78, 78).
 NOT_CELLS: dict[str, Callable[[Random, np.ndarray], np.ndarray]] = {
     "noise": noise,
@@ -219,4 +272,8 @@ NOT_CELLS: dict[str, Callable[[Random, np.ndarray], np.ndarray]] = {
     "scrambled cells": scrambled,
     "pieces of a nucleus": too_near,
     "many small cells": too_far,
+    "mitochondrial pattern": mitochondrial,
+    "few nuclear dots": few_dots,
+    "fibres": fibrillar,
+    "cytoplasmic pattern": diffuse,
 }

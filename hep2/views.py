@@ -229,7 +229,7 @@ def _specimen_note(weights: Weights) -> str:
     blocks = specimen["blocks"]["ensemble"]
     return (
         f"<p>Over {specimen['folds']} folds, the stack ensemble read {blocks['right']} of {blocks['total']} held-out "
-        "specimens right as a whole.</p>"
+        f"specimens right as a whole. {specimen['refused']:.1%} of their cells would get no verdict.</p>"
     )
 
 

@@ -63,6 +63,11 @@ class Weights:
         return self.configs[name]["calibration"]["temperature"]
 
 
+def best_device() -> str:
+    """Name the device that reads fastest here. Training leaves that to accelerate."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def save_model(
     folder: Path, name: str, model: nn.Module, *, training: dict, temperature: float, metrics: dict | None = None
 ) -> None:
