@@ -29,6 +29,7 @@ MOST_REFUSED = 0.5  # of the cells, above which the specimen has no pattern of t
 LEAST_STAIN = 0.35  # of the stained area that must lie in cells, for the same reason
 SECOND = 0.2  # of the pooled probability, at the lower end of its interval, that makes a second pattern real
 CONDENSED = 1.6  # times the median brightness of the brightest fifth of a cell, from which it is taken as mitotic
+FEW = 10  # cells, below which a verdict says that it rests on few
 RESAMPLES = 1000
 
 NEGATIVE = "negative or too faint"
@@ -228,13 +229,13 @@ class SpecimenReading:
     """
 
     files: list[str]
-    verdict: str
-    probability: float | None
-    interval: tuple[float, float] | None
-    second: str | None
     cells: list[CellReading]
-    warnings: list[str]
     weights: dict[str, str]
+    verdict: str
+    warnings: list[str]
+    probability: float | None = None
+    interval: tuple[float, float] | None = None
+    second: str | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -272,16 +273,7 @@ def read_specimen(
     names = [name for name, _, _ in fields]
     if all(max(intensity.shape) < ONE_CELL for _, intensity, _ in fields):
         remark = "the image is no larger than one cell is: give it as a cell, not as a field"
-        return SpecimenReading(
-            files=names,
-            verdict=NO_CELLS,
-            probability=None,
-            interval=None,
-            second=None,
-            cells=[],
-            warnings=[remark],
-            weights=reader.origin,
-        )
+        return SpecimenReading(files=names, cells=[], weights=reader.origin, verdict=NO_CELLS, warnings=[remark])
     found = [find_cells(intensity, pixel_size) for _, intensity, _ in fields]
     warnings = [note for (_, _, notes), one in zip(fields, found, strict=True) for note in (*notes, *one.notes)]
     placed, crops = [], []
@@ -301,17 +293,9 @@ def read_specimen(
     ]
     faint = all(_is_faint(intensity, one) for (_, intensity, _), one in zip(fields, found, strict=True))
     stained = float(np.mean([one.stained for one in found])) if found else 0.0
-    verdict, probability, interval, second, remarks = _pool(read, faint, stained)
-    return SpecimenReading(
-        files=names,
-        verdict=verdict,
-        probability=probability,
-        interval=interval,
-        second=second,
-        cells=read,
-        warnings=warnings + remarks,
-        weights=reader.origin,
-    )
+    pooled = _pool(read, faint, stained)
+    pooled["warnings"] = warnings + pooled["warnings"]
+    return SpecimenReading(files=names, cells=read, weights=reader.origin, **pooled)
 
 
 def _condensed(cells: list[FoundCell]) -> list[bool]:
@@ -330,34 +314,41 @@ def _is_faint(intensity: np.ndarray, found: FoundField) -> bool:
     return float(np.median([cell.brightness for cell in found.cells])) < FAINT * full
 
 
-def _pool(
-    cells: list[CellReading], faint: bool, stained: float
-) -> tuple[str, float | None, tuple[float, float] | None, str | None, list[str]]:
-    """Weigh the cells' calibrated probabilities: verdict, probability, interval, a second pattern, and remarks."""
+def _pool(cells: list[CellReading], faint: bool, stained: float) -> dict:
+    """Weigh the cells' calibrated probabilities; returns the fields of `SpecimenReading` that say what they show."""
     counted = [cell for cell in cells if cell.counted]
     if not cells:
-        return NO_CELLS, None, None, None, ["no whole cell was found: is it a field of cells, bright on dark?"]
+        remark = "no whole cell was found: is it a field of cells, bright on dark?"
+        return {"verdict": NO_CELLS, "warnings": [remark]}
     if faint:
-        return NEGATIVE, None, None, None, ["the cells hardly rise above the ground: expose longer, or it is negative"]
+        remark = "the cells hardly rise above the ground: expose longer, or it is negative"
+        return {"verdict": NEGATIVE, "warnings": [remark]}
     refused = sum(cell.reading.refused for cell in cells) / len(cells)
     if refused > MOST_REFUSED or not counted:
-        return NO_PATTERN, None, None, None, [f"refused: {refused:.0%} of the cells show none of the six patterns"]
+        remark = f"refused: {refused:.0%} of the cells show none of the six patterns"
+        return {"verdict": NO_PATTERN, "warnings": [remark]}
     if stained < LEAST_STAIN:
         remark = f"refused: only {stained:.0%} of what is stained lies in cells that can be told apart"
-        return NO_PATTERN, None, None, None, [remark]
+        return {"verdict": NO_PATTERN, "warnings": [remark]}
     values = np.stack([cell.reading.probabilities["ensemble"] for cell in counted])  # (cells, 6)
+    mean = values.mean(0)
     random = np.random.default_rng(0)
-    means = values[random.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)  # (resamples, 6)
-    low, high = np.quantile(means, [0.025, 0.975], axis=0)
-    first, next_one = values.mean(0).argsort()[::-1][:2]
-    remarks = []
-    if len(counted) < 10:
-        remarks.append(f"only {len(counted)} cells were read: the verdict rests on few")
+    draws = values[random.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)  # (resamples, 6)
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    first, next_one = mean.argsort()[::-1][:2]
+    warnings = []
+    if len(counted) < FEW:
+        warnings.append(f"only {len(counted)} cells were read: the verdict rests on few")
     second = CLASS_NAMES[next_one] if low[next_one] > SECOND else None
     if second:
-        remarks.append(f"mixed: {second} is there too, with a probability of {values.mean(0)[next_one]:.0%}")
-    interval = (round(float(low[first]), DIGITS), round(float(high[first]), DIGITS))
-    return CLASS_NAMES[first], round(float(values.mean(0)[first]), DIGITS), interval, second, remarks
+        warnings.append(f"mixed: {second} is there too, with a probability of {mean[next_one]:.0%}")
+    return {
+        "verdict": CLASS_NAMES[first],
+        "probability": round(float(mean[first]), DIGITS),
+        "interval": (round(float(low[first]), DIGITS), round(float(high[first]), DIGITS)),
+        "second": second,
+        "warnings": warnings,
+    }
 
 
 def specimen_rows(specimen: SpecimenReading) -> list[list]:

@@ -104,6 +104,7 @@ def test_models_html_sets_random_split_held_out_specimens_and_source_side_by_sid
     assert "Held-out specimens were not measured" in models_html(weights)
     names = list(weights.models)
     specimen = {
+        "refused": 0.02,
         "folds": 4,
         "models": dict.fromkeys(names, result_of(0.8765)),
         "blocks": {key: {"accuracy": 0.9, "right": 66, "total": 73, "wrong": []} for key in names},
