@@ -1,6 +1,6 @@
 """What helps on new specimens: one change of the tuned recipe at a time, measured on specimens that were kept away.
 
-    python benchmarks/experiments.py --dataset … --output runs/experiments [--only NAME …] [--model cnn]
+    python -m benchmarks.experiments --dataset … --output runs/experiments [--only NAME …] [--model cnn]
 
 Each change is trained twice, on two folds of the block table, and measured on a third. The fourth is not looked at:
 folds 0 and 2 take no part in any choice. Ten epochs of the CNN take six minutes on one core, and what is finished is

@@ -1,6 +1,6 @@
 """How well cells are found in synthetic fields, and specimens read from them; where every cell lies is known.
 
-    python benchmarks/fields.py [--fields 50] [--specimens 20]
+    python -m benchmarks.fields [--fields 50] [--specimens 20]
 
 Detection: a found cell is right where its box and that of a nucleus overlap with an intersection over union of 0.5.
 Specimens: one field each of every pattern. Takes some minutes on two cores. Prints tables in Markdown.

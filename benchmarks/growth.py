@@ -1,6 +1,6 @@
 """Time and memory against the number of cells: through the command line, and through the page's API.
 
-    python benchmarks/growth.py [--counts 10 100 1000 10000]
+    python -m benchmarks.growth [--counts 10 100 1000 10000]
 
 Draws as many synthetic cells into a temporary folder, and prints a table in Markdown. Memory is the most that the
 reading process has held. Seconds include its start, or, for the API, sending the files.

@@ -62,14 +62,14 @@ def measure_speed(weights: Weights) -> dict:
         one = {"all four models": lambda: next(reader.read([("cell.png", files[0])]))}
         one |= {name: _peer_request(model, files[0]) for name, model in peers.items()}
         one["AlexNet, loaded at every request"] = _loading_request(alexnet, files[0])
-        latency = {name: _percentiles(seconds) for name, seconds in _interleaved(one, ROUNDS).items()}
+        latency = {name: _percentiles(seconds) for name, seconds in interleaved(one, ROUNDS).items()}
     cells = torch.from_numpy(np.stack([load_cell(file).pixels for file in files]))
     images = torch.rand(32, 3, PEER_SIZE, PEER_SIZE).contiguous(memory_format=torch.channels_last)
     bulk = {"all four models": lambda: predict(weights, cells)}
     bulk["all four models, from file bytes"] = lambda: list(reader.read((str(n), f) for n, f in enumerate(files)))
     bulk |= {name: _peer_batch(model, images) for name, model in peers.items()}
     counts = dict.fromkeys(bulk, len(files)) | dict.fromkeys(peers, len(images))
-    seconds = _interleaved(bulk | {"matrix multiplication": _matrix_multiplication()}, BULK_ROUNDS)
+    seconds = interleaved(bulk | {"matrix multiplication": _matrix_multiplication()}, BULK_ROUNDS)
     best = {name: min(values) for name, values in seconds.items()}
     rate = MATRIX**3 / best["matrix multiplication"]
     own = sum(multiply_adds(model, cells[:1]) for name, model in weights.models.items() if name != "ensemble")
@@ -140,7 +140,7 @@ def _matrix_multiplication() -> Callable[[], Tensor]:
     return lambda: one @ other
 
 
-def _interleaved(tasks: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+def interleaved(tasks: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
     """Time every task once a round, after one round that does not count; returns seconds."""
     seconds = {name: [] for name in tasks}
     for count in range(rounds + 1):
@@ -181,7 +181,7 @@ def measure_processes() -> dict[str, dict[str, float]]:
                 raise RuntimeError(f"the process that measures {name!r} ended with status {process.returncode}")
             memory[name] = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-        seconds = _interleaved({name: partial(start, name) for name in STARTS}, PROCESSES)
+        seconds = interleaved({name: partial(start, name) for name in STARTS}, PROCESSES)
     return {name: {"seconds": statistics.median(values), "bytes": memory[name]} for name, values in seconds.items()}
 
 
@@ -217,7 +217,7 @@ def measure_training(names: tuple[str, ...] = ("cnn", "rescnn", "vit"), batches:
         augmenting = time.perf_counter() - started
         one, other = torch.rand(2, MATRIX, MATRIX, device=accelerator.device, dtype=torch.bfloat16)
         rate = MATRIX**3 / min(
-            _interleaved({"": lambda one=one, other=other: (one @ other).sum().item()}, BULK_ROUNDS)[""]
+            interleaved({"": lambda one=one, other=other: (one @ other).sum().item()}, BULK_ROUNDS)[""]
         )
         measured[name] = {
             "images_per_second": history[0]["images_per_second"],

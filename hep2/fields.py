@@ -108,14 +108,15 @@ def _estimate_nucleus(intensity: np.ndarray) -> float | None:
     middle = intensity[top : top + side, left : left + side]
     best, nucleus = 0.0, None
     size = SMALLEST
-    while size < min(middle.shape) / 2:
+    while size < max(min(middle.shape) / 3, 0.8 * ONE_CELL):
         labels, scale, _ = _segment(middle, size)
         looked_for, score, sizes = size * scale, 0.0, []
         for region in measure.regionprops(labels):
             across = region.equivalent_diameter_area
             if across > 0.3 * looked_for:
                 fit = np.exp(-((np.log(across / looked_for) / 0.35) ** 2))
-                score += region.area * region.solidity**4 * fit / labels.size
+                # By its diameter: by area, a few clouds of cells win over the cells; by number, their grains do.
+                score += across / scale * region.solidity**4 * fit
                 sizes.append(across / scale)
         if score > best:
             best, nucleus = score, float(np.median(sizes))

@@ -18,7 +18,7 @@ from hep2.phantoms import Nucleus, draw_nucleus, grain, phantom_cell, photograph
 Random = np.random.Generator
 
 REFUSED_VALIDATION = 0.01  # share of the validation cells that the threshold refuses
-PHANTOMS = 50  # of each pattern, among the cells
+PHANTOMS = 250  # of each pattern, among the cells: about as many as are drawn of other patterns
 MOST = 6000  # examples of each kind to learn from: more cost time and change little
 # What another microscope may do to a cell without its ceasing to be one.
 ANOTHER_MICROSCOPE = {"zoom": 0.25, "sharpness": 1.5, "noise": 0.05, "gain": 0.3}
@@ -32,8 +32,8 @@ def fit_refusal(
     validation: Tensor,
     seed: int,
 ) -> Refusal:
-    """Learn to tell cells from what is none: train cells, as they are and as another microscope would show them, and a
-    few phantoms, lest what is drawn be refused for being drawn.
+    """Learn to tell cells from what is none: train cells, as they are and as another microscope would show them, and
+    phantoms, lest what is drawn be refused for being drawn.
 
     `features_of` maps images (batch, 1, 78, 78) to features (batch, features); `train` and `validation` are such
     images, in [0, 1]. The threshold is set so that one in a hundred validation cells is refused.
@@ -225,8 +225,8 @@ def few_dots(random: Random, cells: np.ndarray) -> np.ndarray:
     places = np.stack([nucleus.centre[0] + distance * np.sin(angle), nucleus.centre[1] + distance * np.cos(angle)], 1)
     dots = spots(SHAPE, places, random.uniform(0.8, 1.6, count), random.uniform(0.5, 1.2, count))
     body = np.exp(np.minimum(nucleus.depth, 0) / random.uniform(4, 14))
-    texture = 1 + random.uniform(0.1, 0.5) * grain(SHAPE, random.uniform(0.7, 1.5), random)
-    return photograph(dots + random.uniform(0.1, 0.6) * body * texture.clip(0), random)
+    texture = 1 + random.uniform(0, 0.2) * grain(SHAPE, random.uniform(0.7, 1.5), random)
+    return photograph(dots + random.uniform(0.05, 0.4) * body * texture.clip(0), random)
 
 
 def fibrillar(random: Random, cells: np.ndarray) -> np.ndarray:

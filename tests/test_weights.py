@@ -30,10 +30,16 @@ def test_load_weights_gives_what_was_saved(tmp_path):
     assert weights.models["rescnn"].config == model.config
     assert weights.temperature("rescnn") == 1.25
     assert not weights.models["rescnn"].training
-    for name, tensor in weights.models["rescnn"].state_dict().items():
-        assert tensor.dtype == model.state_dict()[name].dtype
-        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-3, atol=1e-6)
-    assert weights.models["rescnn"].stem[1].running_var.max() == pytest.approx(1e-9)
+    written = load_file(tmp_path / "rescnn" / "model.safetensors")
+    assert written.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(written[name].to(tensor.dtype), tensor, rtol=1e-3, atol=1e-6)
+    assert written["stem.1.running_var"].max() == pytest.approx(1e-9)
+    # In use, each norm lies folded into its convolution.
+    images = torch.rand(4, 1, 78, 78)
+    with torch.inference_mode():
+        answer, expected = weights.models["rescnn"](images), model(images)
+    torch.testing.assert_close(answer, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
 
 
 def test_load_weights_loads_all_models_in_order_and_a_stable_revision(untrained, tmp_path):
