@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     fields = dict.fromkeys(CLASS_NAMES, 0)
     for number in range(arguments.fields):
         pattern = CLASS_NAMES[number % len(CLASS_NAMES)]
-        random = np.random.default_rng((7, number))
+        random = np.random.default_rng((9, number))
         nucleus, density = random.uniform(40, 140), random.uniform(0.2, 0.8)
         image, cells = phantom_field(pattern, random, nucleus=nucleus, density=density)
         found = [cell.bbox for cell in find_cells(image.astype(np.float32)).cells]
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     for pattern in CLASS_NAMES:
         verdicts, started = [], time.perf_counter()
         for number in range(arguments.specimens):
-            random = np.random.default_rng((8, number))
+            random = np.random.default_rng((10, number))
             image, _ = phantom_field(pattern, random, nucleus=random.uniform(50, 120), density=random.uniform(0.3, 0.7))
             verdicts.append(read_specimen(reader, [("phantom", image.astype(np.float32), [])]).verdict)
         seconds = (time.perf_counter() - started) / max(1, arguments.specimens)

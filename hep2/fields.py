@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -22,6 +22,10 @@ WORKING = 32.0  # pixels across of a nucleus in the picture that is segmented: f
 SMALLEST = 24.0  # pixels across of a nucleus in the field: below, there is no texture to read
 ONE_CELL = 120  # pixels: a picture that is smaller on both sides is no field
 TO_ESTIMATE = 1_500_000  # pixels of a field, at most, on which the size of the nuclei is estimated
+CELL_TO_NUCLEUS = 1.9  # how much larger a cell is than its nucleus, across, where its cytoplasm is stained
+HOLLOW = 0.56  # light of a region's middle beside that half way out, below which its nucleus is dark
+LEAST_FIT = 0.25  # of the regions found to round, whole ones of one size, below which they are no cells
+GOOD_FIT = 0.55  # from which on the bright stain explains the field
 SIZES = (0.5, 1.7)  # accepted equivalent diameters, in units of the nuclei's median
 SOLID = 0.85  # of its convex hull that a cell must fill
 FAINT = 0.06  # of the full range of 8 bits, or of a deeper image's brightest light, that cells must rise above ground
@@ -71,21 +75,26 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
     if drawn.any():
         intensity = np.where(drawn, np.median(intensity), intensity)
     notes = ["a scale bar, writing or saturated light was left out"] if drawn.any() else []
-    nucleus = NUCLEUS_MICRONS / pixel_size if pixel_size else _estimate_nucleus(intensity)
-    if nucleus is None:
+    trial = _best_trial(intensity, NUCLEUS_MICRONS / pixel_size if pixel_size else None)
+    if trial is None or trial.fit < LEAST_FIT:
         return FoundField(cells=[], nucleus=0.0, stained=0.0, notes=notes)
+    # A stain outside the nucleus outlines the cell.
+    cell_to_nucleus = CELL_TO_NUCLEUS if trial.hollow < HOLLOW else 1.0
+    nucleus = NUCLEUS_MICRONS / pixel_size if pixel_size else trial.size / cell_to_nucleus
+    if cell_to_nucleus > 1:
+        notes.append("the stain lies outside the nuclei: whole cells are outlined")
     if nucleus < SMALLEST:
         notes.append(
             f"nuclei are only some {nucleus:.0f} pixels across: fine texture is missing, so the verdict is unsure"
         )
-    labels, scale, working = _segment(intensity, nucleus)
+    labels, scale, working = _segment(intensity, trial.size, faint=trial.faint)
     drawn = transform.resize(drawn, labels.shape, order=0) if drawn.any() else np.zeros(labels.shape, bool)
     ground = float(np.median(working[labels == 0])) if (labels == 0).any() else float(working.min())
     regions = measure.regionprops(labels)
     whole = [region for region in regions if _is_whole(region, labels.shape) and not drawn[region.slice].any()]
-    sizes = [r.equivalent_diameter_area for r in whole if r.equivalent_diameter_area > SIZES[0] * nucleus * scale]
+    sizes = [r.equivalent_diameter_area for r in whole if r.equivalent_diameter_area > SIZES[0] * trial.size * scale]
     # The median is taken over what may be nuclei: dust is more frequent than cells in a thin field.
-    median = float(np.median(sizes)) if sizes and not pixel_size else nucleus * scale
+    median = float(np.median(sizes)) if sizes and not pixel_size else trial.size * scale
     accepted = [
         region
         for region in whole
@@ -94,11 +103,30 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
     cells = [_found(region, scale, working, ground) for region in accepted]
     inner = sum(region.area for region in regions if _is_whole(region, labels.shape))
     stained = sum(region.area for region in accepted) / max(1.0, float(inner))
-    return FoundField(cells=cells, nucleus=median / scale, stained=stained, notes=notes)
+    nucleus = nucleus if pixel_size else median / scale / cell_to_nucleus
+    return FoundField(cells=cells, nucleus=nucleus, stained=stained, notes=notes)
 
 
-def _estimate_nucleus(intensity: np.ndarray) -> float | None:
-    """Try sizes, and take the one at which what is found is round, whole and of the size that was looked for."""
+class _Trial(NamedTuple):
+    """How well a field falls into round, whole regions of one `size`, in pixels, that was looked for.
+
+    `fit` is between 0 and 1, `score` also counts the regions. `hollow` is the light in the regions' middle beside that
+    half way out: far below 1 where the stain lies round the nucleus. `faint` says how the field was segmented.
+    """
+
+    score: float
+    fit: float
+    size: float
+    hollow: float
+    faint: bool
+
+
+def _best_trial(intensity: np.ndarray, nucleus: float | None) -> _Trial | None:
+    """Look for regions of the size `nucleus`, or of many sizes; first in the bright stain, then in the faint too.
+
+    A cell whose Golgi apparatus or mitochondria shine is whole only if the little light of its cytoplasm counts as
+    much, but nuclei would then be outlined by their haze: faint stain is for regions with a dark middle.
+    """
     rows, columns = intensity.shape
     if min(rows, columns) < 2 * SMALLEST:
         return None
@@ -106,37 +134,64 @@ def _estimate_nucleus(intensity: np.ndarray) -> float | None:
     side = int(TO_ESTIMATE**0.5)
     top, left = max(0, (rows - side) // 2), max(0, (columns - side) // 2)
     middle = intensity[top : top + side, left : left + side]
-    best, nucleus = 0.0, None
-    size = SMALLEST
-    while size < max(min(middle.shape) / 3, 0.8 * ONE_CELL):
-        labels, scale, _ = _segment(middle, size)
-        looked_for, score, sizes = size * scale, 0.0, []
-        for region in measure.regionprops(labels):
-            across = region.equivalent_diameter_area
-            if across > 0.3 * looked_for:
-                fit = np.exp(-((np.log(across / looked_for) / 0.35) ** 2))
-                # By its diameter: by area, a few clouds of cells win over the cells; by number, their grains do.
-                score += across / scale * region.solidity**4 * fit
-                sizes.append(across / scale)
-        if score > best:
-            best, nucleus = score, float(np.median(sizes))
-        size *= 2**0.5
-    return nucleus
+    largest = max(min(middle.shape) / 3, 0.8 * ONE_CELL)
+    sizes = SMALLEST * 2 ** np.arange(0, np.log2(largest / SMALLEST), 0.5)
+    bright = _trial_of_sizes(middle, sizes if nucleus is None else [nucleus], faint=False)
+    if bright is not None and bright.fit > GOOD_FIT and bright.hollow > HOLLOW:
+        return bright
+    faint = _trial_of_sizes(middle, sizes if nucleus is None else [CELL_TO_NUCLEUS * nucleus], faint=True)
+    return faint if faint is not None and (bright is None or faint.score > bright.score) else bright
 
 
-def _segment(intensity: np.ndarray, nucleus: float) -> tuple[np.ndarray, float, np.ndarray]:
-    """Label what is stained, touching cells apart; returns labels, their scale, and the picture at that scale."""
-    scale = min(1.0, WORKING / nucleus)
+def _trial_of_sizes(intensity: np.ndarray, sizes: Iterable[float], *, faint: bool) -> _Trial | None:
+    best = None
+    for size in sizes:
+        labels, scale, picture = _segment(intensity, size, faint=faint)
+        regions = [r for r in measure.regionprops(labels) if r.equivalent_diameter_area > 0.3 * size * scale]
+        across = np.array([region.equivalent_diameter_area for region in regions]) / scale
+        fits = np.exp(-((np.log(across / size) / 0.35) ** 2)) * [region.solidity**4 for region in regions]
+        # By its diameter: by area, a few clouds of cells win over the cells; by number, their grains do.
+        score = float(across @ fits)
+        if score > (0.0 if best is None else best.score):
+            hollow = _hollowness(regions, picture, labels)
+            if not faint or hollow < HOLLOW:
+                best = _Trial(score, score / across.sum(), float(np.median(across)), hollow, faint)
+    return best
+
+
+def _hollowness(regions: "list[RegionProperties]", picture: np.ndarray, labels: np.ndarray) -> float:
+    """Return the light in the middle of a typical region over that half way out, both above the ground."""
+    ground = np.median(picture[labels == 0]) if (labels == 0).any() else picture.min()
+    ratios = []
+    for region in regions:
+        depth = ndimage.distance_transform_edt(np.pad(region.image, 1))[1:-1, 1:-1]
+        light, depth = picture[region.slice] - ground, depth / depth.max()
+        ring = light[(depth > 0.25) & (depth < 0.5)]
+        if ring.size:
+            ratios.append(np.median(light[depth > 0.65]) / max(ring.mean(), 1e-6))
+    return float(np.median(ratios)) if ratios else 1.0
+
+
+def _segment(intensity: np.ndarray, size: float, *, faint: bool) -> tuple[np.ndarray, float, np.ndarray]:
+    """Label what is stained, regions of about `size` pixels across that touch apart.
+
+    With `faint`, what is brighter than a threshold counts no more than what just reaches it. Returns labels, their
+    scale, and the picture at that scale.
+    """
+    scale = min(1.0, WORKING / size)
     picture = intensity
     if scale < 1:
         picture = transform.rescale(intensity, scale, anti_aliasing=True, preserve_range=True)
-    picture, across = picture.astype(np.float32), nucleus * scale
+    picture, across = picture.astype(np.float32), size * scale
     # The ground, uneven as it is: what is left when everything narrower than a cell and a half is taken away.
     coarse = transform.downscale_local_mean(picture, (4, 4))
     ground = ndimage.grey_opening(ndimage.gaussian_filter(coarse, 1), size=2 * int(0.4 * across) + 1)
     ground = transform.resize(ndimage.gaussian_filter(ground, across / 4), picture.shape, order=1, preserve_range=True)
     # The root keeps a dim nucleus with bright dots in one piece.
-    light = ndimage.gaussian_filter(np.sqrt(np.clip(picture - ground, 0, None)), across / 12)
+    light = np.sqrt(np.clip(picture - ground, 0, None))
+    if faint:
+        light = np.minimum(light, 0.85 * filters.threshold_otsu(ndimage.gaussian_filter(light, across / 12)))
+    light = ndimage.gaussian_filter(light, across / 12)
     if light.max() <= light.min():
         return np.zeros(picture.shape, int), scale, picture
     bright = (light > 0.85 * filters.threshold_otsu(light)) & (light > ndimage.gaussian_filter(light, 1.2 * across))
@@ -157,7 +212,7 @@ def _segment(intensity: np.ndarray, nucleus: float) -> tuple[np.ndarray, float, 
 def _drawn(intensity: np.ndarray) -> np.ndarray:
     """Mark what no light has made: bright areas without any noise, such as scale bars and saturated blobs."""
     flat = ndimage.maximum_filter(intensity, 5) == ndimage.minimum_filter(intensity, 5)
-    flat &= intensity > np.median(intensity) + 0.25 * (intensity.max() - np.median(intensity))
+    flat &= intensity > np.median(intensity) + 0.1 * (intensity.max() - np.median(intensity))
     if not flat.any():
         return flat
     # Writing lies in or beside its bar: the box round them goes as a whole.

@@ -15,6 +15,7 @@ from scipy.ndimage import gaussian_filter, zoom
 from hep2.patterns import CLASS_NAMES, IMAGE_SIZE
 
 Random = np.random.Generator
+CYTOPLASM = 21  # pixels from the rim of a phantom's nucleus to where its cytoplasm's light has fallen to a sixth
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,10 @@ def phantom_cell(pattern: str, random: Random) -> np.ndarray:
 
 
 class PhantomCell(NamedTuple):
-    """Where a cell lies in a phantom field: the box round its nucleus, (top, left, height, width), in pixels."""
+    """Where a cell lies in a phantom field: the box (top, left, height, width), in pixels, round its nucleus.
+
+    Where the cytoplasm is stained and the nucleus is not, round the cell, to where the light has fallen to a sixth.
+    """
 
     bbox: tuple[int, int, int, int]
     mitotic: bool
@@ -87,7 +91,8 @@ def phantom_field(
     for place, mitotic in _places(shape, nucleus, density, random):
         drawn = draw_nucleus(canvas, (68, 68), random.uniform(24, 30), random)
         own = _mitosis(drawn, random) if mitotic else random.uniform(0.7, 1.1) * STAINS[pattern](drawn, random)
-        own, inside = zoom(own, scale, order=1), zoom(drawn.inside, scale, order=1) > 0.5
+        depth = drawn.depth + (CYTOPLASM if pattern == "Golgi" and not mitotic else 0)
+        own, inside = zoom(own, scale, order=1), zoom(depth, scale, order=1) > 0
         top, left = (int(centre - len(own) / 2) for centre in place)
         target = light[max(top, 0) : top + len(own), max(left, 0) : left + len(own)]
         part = own[max(-top, 0) :, max(-left, 0) :][: target.shape[0], : target.shape[1]]
