@@ -248,7 +248,9 @@ def _specimen_text(metrics: dict) -> str:
         f"{result['ece']:.4f} |\n"
         for name, result in specimen["models"].items()
     )
-    return f"""On held-out specimens, {specimen["folds"]} folds that divide none, which is what a new patient is like:
+    epochs = specimen.get("changes", {}).get("epochs")
+    shorter = f", with models of only {epochs} epochs each" if epochs else ""
+    return f"""On held-out specimens, which is what a new patient is like, {specimen["folds"]} folds that divide none{shorter}:
 
 | model | accuracy | mean class accuracy | calibration error |
 |---|---|---|---|

@@ -63,7 +63,8 @@ def evaluate_specimens(
         accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return {}
-    result = {"folds": FOLDS, "seed": seed, "recipe": recipe} | summarise(cells, parts, answers)
+    result = {"folds": FOLDS, "seed": seed, "recipe": recipe, "changes": changes or {}}
+    result |= summarise(cells, parts, answers)
     result["refused"] = sum(refused) / sum(map(len, parts))
     result["floor"] = {
         "clean": nearest_neighbours(cells, [split(cells, "clean", seed)]),
