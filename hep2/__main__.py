@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--seed", type=int, help="of the split (default: the weights' own)")
     evaluate.add_argument("--fold", type=int, help="0 to 3, of the protocol 'specimen' (default: the weights' own)")
     evaluate.add_argument("--output", type=Path, required=True, metavar="DIR", help="for metrics.json and the rest")
+    evaluate.add_argument("--recipe", default="tuned", help="for the four folds: see train.py (default: tuned)")
     evaluate.add_argument("--epochs", type=int, help="for the four folds, in place of the recipe's")
     add_weights_option(evaluate)
     evaluate.set_defaults(run=_evaluate)
@@ -265,7 +266,8 @@ def _evaluate_specimens(arguments: argparse.Namespace) -> int:
     accelerator = Accelerator(mixed_precision="bf16")
     changes = {} if arguments.epochs is None else {"epochs": arguments.epochs}
     cells, seed = load_cells(arguments.dataset), arguments.seed or 0
-    result = evaluate_specimens(cells, arguments.output, seed=seed, changes=changes, accelerator=accelerator)
+    settings = {"recipe": arguments.recipe, "seed": seed, "changes": changes}
+    result = evaluate_specimens(cells, arguments.output, **settings, accelerator=accelerator)
     if accelerator.is_main_process:
         print(f"{specimens_table(result)}\n\nmetrics.json and a folder for each fold are in {arguments.output}")
     return 0

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from hep2.models import MODELS
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES, SOURCE_RESULTS
-from hep2.weights import BUNDLED, Weights, load_weights
+from hep2.weights import BUNDLED, Weights, load_weights, specimen_models
 
 # All that is ever fetched: JSON, safetensors and pictures. A pickle in a repository is neither fetched nor opened.
 READ = ["metrics.json", "*/config.json", "*/model.safetensors", "*/log.jsonl", "examples/*/*.png"]
@@ -248,9 +248,8 @@ def _specimen_text(metrics: dict) -> str:
         f"{result['ece']:.4f} |\n"
         for name, result in specimen["models"].items()
     )
-    epochs = specimen.get("changes", {}).get("epochs")
-    shorter = f", with models of only {epochs} epochs each" if epochs else ""
-    return f"""On held-out specimens, which is what a new patient is like, {specimen["folds"]} folds that divide none{shorter}:
+    return f"""On held-out specimens, which is what a new patient is like: {specimen["folds"]} folds that divide none,
+with {specimen_models(specimen)}.
 
 | model | accuracy | mean class accuracy | calibration error |
 |---|---|---|---|

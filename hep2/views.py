@@ -13,7 +13,7 @@ from hep2.evaluation import draw_curves, draw_reliability
 from hep2.fields import CellReading, SpecimenReading, colour_of
 from hep2.patterns import CLASS_NAMES, ICAP_URL, MODEL_TITLES, PATTERNS, SOURCE_RESULTS
 from hep2.reader import Explanation, Failure, Reading
-from hep2.weights import Weights
+from hep2.weights import Weights, specimen_models
 
 COLOURS = {pattern.name: pattern.colour for pattern in PATTERNS}
 NO_VERDICT = "no verdict"
@@ -228,7 +228,8 @@ def _specimen_note(weights: Weights) -> str:
         return "<p><strong>Held-out specimens were not measured: expect less on a new patient.</strong></p>"
     blocks = specimen["blocks"]["ensemble"]
     return (
-        f"<p>Over {specimen['folds']} folds, the stack ensemble read {blocks['right']} of {blocks['total']} held-out "
+        f"<p>Over {specimen['folds']} folds, with {specimen_models(specimen)}, the stack ensemble read "
+        f"{blocks['right']} of {blocks['total']} held-out "
         f"specimens right as a whole. {specimen['refused']:.1%} of their cells would get no verdict.</p>"
     )
 

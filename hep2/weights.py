@@ -180,6 +180,14 @@ def load_weights(
     )
 
 
+def specimen_models(specimen: dict) -> str:
+    """Say in words which models gave the figures under `specimen` in a `metrics.json`: not the weights beside it."""
+    epochs = specimen.get("changes", {}).get("epochs")
+    return f"models of the recipe {specimen['recipe']}, " + (
+        f"{epochs} epochs each" if epochs else "trained to its end"
+    )
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON object; an absent or damaged file is an error that names it."""
     if not path.is_file():

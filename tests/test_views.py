@@ -106,6 +106,8 @@ def test_models_html_sets_random_split_held_out_specimens_and_source_side_by_sid
     specimen = {
         "refused": 0.02,
         "folds": 4,
+        "recipe": "tuned",
+        "changes": {"epochs": 12},
         "models": dict.fromkeys(names, result_of(0.8765)),
         "blocks": {key: {"accuracy": 0.9, "right": 66, "total": 73, "wrong": []} for key in names},
     }
@@ -115,6 +117,7 @@ def test_models_html_sets_random_split_held_out_specimens_and_source_side_by_sid
     html = models_html(measured)
     assert (html.count("0.9876"), html.count("0.8765"), html.count("0.95<")) == (12, 12, 3)
     assert "66 of 73" in html
+    assert "models of the recipe tuned, 12 epochs each" in html
     assert "not measured" not in html
 
 
