@@ -3,6 +3,7 @@
 import argparse
 import csv
 import io
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -20,7 +21,7 @@ from PIL import Image
 
 from hep2.__main__ import add_weights_option
 from hep2.data import load_cells
-from hep2.fields import draw_overlay, read_specimen, specimen_rows
+from hep2.fields import PIXEL_SIZES, check_pixel_size, draw_overlay, read_specimen, specimen_rows
 from hep2.hub import open_weights
 from hep2.imaging import Cell, ImageError, load_cell, make_cell, read_intensity
 from hep2.patterns import CLASS_NAMES, MODEL_TITLES
@@ -52,8 +53,9 @@ microscope gives them. The cells are found, each is read, and all together say w
 TABLE = ("file", "verdict", "probability", "models agree", "remarks")
 NO_IMAGE = "no image came; give one file: PNG, JPEG, TIFF, BMP or WebP"
 FITTING = (
-    "it takes each image as a file that was uploaded to /gradio_api/upload before, "
-    'as {"path": …, "meta": {"_type": "gradio.FileData"}}; no other paths, and no addresses of this machine'
+    "it takes each image (and several as a list) as a file that was uploaded to /gradio_api/upload before, "
+    'as {"path": …, "meta": {"_type": "gradio.FileData"}}, which handle_file of gradio_client does; no other paths, '
+    "and no addresses of this machine"
 )
 TOGETHER = 8  # requests to /classify that are answered at once; more cost memory and gain nothing
 KEPT = (600, 3000)  # seconds: every ten minutes, files older than 50 minutes are deleted; they may be a patient's
@@ -88,6 +90,12 @@ PASTE = """
   }
 })
 """
+
+# On a phone the reading lies below what was clicked.
+SHOW = """() => {
+  const result = document.querySelector("#result");
+  if (window.innerWidth < 700 && result.checkVisibility()) result.scrollIntoView({ behavior: "smooth" });
+}"""
 
 # Which models are shown is the browser's own business: views.css hides the others.
 CHOOSE = """(models) => { document.querySelector("#result").dataset.models = models.join(" "); }"""
@@ -150,16 +158,17 @@ class Page:
         file = save_bytes_to_cache(text.getvalue().encode(), "readings.csv", get_upload_folder())
         return rows, counts_html(readings), file
 
-    def read_specimen(self, paths: list[str] | None, progress=gr.Progress()) -> tuple:  # noqa: B008
+    def read_specimen(self, paths: list[str] | None, pixel_size: float | None, progress=gr.Progress()) -> tuple:  # noqa: B008
         """Read the fields of one specimen into an overlay, its cells sorted by doubt, a table and a picture to keep."""
         if not paths:
             return gr.skip(), gr.skip(), gr.skip()
-        try:
-            fields = [(Path(path).name, *read_intensity(Path(path))) for path in paths]
-        except (ImageError, OSError) as error:
-            return failure_html(Failure(", ".join(Path(path).name for path in paths), str(error))), None, None
+        fields = fields_of(paths, pixel_size)
+        if isinstance(fields, Failure):
+            return failure_html(fields), None, None
         specimen = self._read_specimen(
-            fields, progress=lambda cells, total: progress.tqdm(cells, total=total, unit="cells", desc="Reading")
+            fields,
+            pixel_size=pixel_size,
+            progress=lambda cells, total: progress.tqdm(cells, total=total, unit="cells", desc="Reading"),
         )
         text = io.StringIO(newline="")
         csv.writer(text).writerows(specimen_rows(specimen))
@@ -185,14 +194,9 @@ class Page:
         """
         if not fields:
             return Failure("", NO_IMAGE).as_dict()
-        if pixel_size is not None and not pixel_size > 0:
-            return Failure("", f"pixel_size is {pixel_size}: give micrometres, more than 0, or leave it out").as_dict()
-        named = []
-        for path in fields:
-            try:
-                named.append((Path(path).name, *read_intensity(Path(path))))
-            except (ImageError, OSError) as error:
-                return Failure(Path(path).name, str(error)).as_dict()
+        named = fields_of(fields, pixel_size)
+        if isinstance(named, Failure):
+            return named.as_dict()
         return self._read_specimen(named, pixel_size=pixel_size).as_dict()
 
     def classify(self, image: str | None) -> dict:
@@ -252,6 +256,23 @@ def reading_html(explain: Callable[[str, Cell], Explanation], chosen: Chosen) ->
     except (ImageError, OSError) as error:
         return failure_html(Failure(name, str(error)))
     return verdict_html(explain(name, cell), uploaded, truth)
+
+
+def fields_of(paths: list[str], pixel_size: float | None) -> list[tuple] | Failure:
+    """Decode the fields of one specimen as `hep2.fields.read_specimen` takes them, or say what cannot be read."""
+    try:
+        check_pixel_size(pixel_size)
+    except (ValueError, TypeError):
+        low, high = PIXEL_SIZES
+        remark = f"the pixel size is {pixel_size!r}: give micrometres, {low} to {high}, or leave it out"
+        return Failure("", remark)
+    fields = []
+    for path in paths:
+        try:
+            fields.append((Path(path).name, *read_intensity(Path(path))))
+        except (ImageError, OSError) as error:
+            return Failure(Path(path).name, str(error))
+    return fields
 
 
 def _named(paths: Iterable[str]) -> list[tuple[str, Path]]:
@@ -337,27 +358,30 @@ def build(page: Page, first: str) -> gr.Blocks:
                     label="Fields of one specimen", file_count="multiple", elem_id="upload-field", height=170
                 )
                 gr.Markdown(FIELD_TEXT)
-                specimen_result = gr.HTML(elem_id="specimen")
+                scale = gr.Number(label="Micrometres a pixel, if known before the fields are given", value=None)
                 with gr.Row():
-                    specimen_table = gr.File(label="All cells as CSV", interactive=False)
-                    specimen_pictures = gr.File(label="Fields with the cells drawn in", interactive=False)
+                    specimen_table = gr.File(label="All cells as CSV", interactive=False, height=90)
+                    specimen_pictures = gr.File(label="Fields with the cells drawn in", interactive=False, height=90)
+                specimen_result = gr.HTML(elem_id="specimen")
             with gr.Tab("Models", id="models") as models_tab:
                 gr.HTML(models_html(page.weights))
                 details = gr.HTML()
 
         # Events that serve the page alone are no part of the API.
         private = {"api_visibility": "private"}
-        gallery.select(page.show_example, None, result, show_progress="hidden", **private)
+        gallery.select(page.show_example, None, result, show_progress="hidden", **private).then(
+            None, None, None, js=SHOW, **private
+        )
         shown.change(None, shown, None, js=CHOOSE, **private)
         read_many = {"fn": page.read_many, "outputs": [table, counts, download], "show_progress_on": counts, **private}
-        upload.upload(page.show_upload, upload, [result, upload, tabs, many, handed], **private).then(
-            inputs=handed, **read_many
-        )
+        shown_upload = upload.upload(page.show_upload, upload, [result, upload, tabs, many, handed], **private)
+        shown_upload.then(inputs=handed, **read_many)
+        shown_upload.then(None, None, None, js=SHOW, **private)
         many.upload(inputs=many, **read_many)
         many.clear(lambda: ([], counts_html([]), None), None, [table, counts, download], **private)
         field.upload(
             page.read_specimen,
-            field,
+            [field, scale],
             [specimen_result, specimen_table, specimen_pictures],
             show_progress_on=specimen_result,
             **private,
@@ -384,8 +408,12 @@ def main(argv: list[str] | None = None) -> int:
     add_weights_option(parser)
     parser.add_argument("--dataset", help="Hub name or local folder: examples are its test cells (default: synthetic)")
     parser.add_argument("--host", default=None, help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=None)
+    parser.add_argument("--port", type=int, help="to listen on, 1 to 65535 (default: the first free one from 7860)")
     arguments = parser.parse_args(argv)
+    if arguments.port is not None and not 0 < arguments.port < 65536:
+        parser.error(f"argument --port: {arguments.port} is not between 1 and 65535")
+    # Told to stop, the server ends as if interrupted, and deletes what was uploaded.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="hep2-examples-") as folder:
         try:
             weights = open_weights(arguments.weights)
@@ -399,22 +427,26 @@ def main(argv: list[str] | None = None) -> int:
         blocks = build(Page(reader, examples, text), first)
         # Told of every finished job, those who wait would each gather a letter for all the others.
         blocks.queue(max_size=QUEUE, status_update_rate=1)
-        blocks.launch(
-            server_name=arguments.host,
-            server_port=arguments.port,
-            theme=THEME,
-            css_paths=CSS,
-            js=PASTE,
-            footer_links=["api"],
-            run_history=False,
-            enable_monitoring=False,
-            max_file_size="200mb",
-            ssr_mode=False,
-            # The page keeps nothing between two events, and a caller of the API opens a session with each call.
-            state_session_capacity=100,
-            # With gradio[mcp] installed, the API's functions are tools for an assistant as well.
-            mcp_server=find_spec("mcp") is not None,
-        )
+        try:
+            blocks.launch(
+                server_name=arguments.host,
+                server_port=arguments.port,
+                theme=THEME,
+                css_paths=CSS,
+                js=PASTE,
+                footer_links=["api"],
+                run_history=False,
+                enable_monitoring=False,
+                max_file_size="200mb",
+                ssr_mode=False,
+                # The page keeps nothing between two events, and a caller of the API opens a session with each call.
+                state_session_capacity=100,
+                # With gradio[mcp] installed, the API's functions are tools for an assistant as well.
+                mcp_server=find_spec("mcp") is not None,
+            )
+        except OSError as error:  # the port is taken, or the address is not ours
+            print(f"app.py: {error} Give another --port or --host.", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from tqdm import tqdm
 
+from hep2 import __version__
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status: 0, or 1 if anything failed, having done all the rest."""
     parser = argparse.ArgumentParser(prog="python -m hep2", description="Read HEp-2 cells. Not for clinical use.")
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     classify = commands.add_parser("classify", help="give a verdict for each image")
@@ -44,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     form = specimen.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object, with every cell")
     form.add_argument("--csv", action="store_true", help="a table with a line for each cell")
-    specimen.add_argument("--overlay", type=Path, metavar="PNG", help="draw the cells in the colours of their patterns")
+    specimen.add_argument(
+        "--overlay", type=Path, metavar="PNG", help="draw the cells into the field, or, numbered, the fields"
+    )
     add_weights_option(specimen)
     specimen.set_defaults(run=_specimen)
 
@@ -124,6 +128,8 @@ def _classify(arguments: argparse.Namespace) -> int:
 
     if bool(arguments.images) == bool(arguments.dataset):
         raise ValueError("give images or folders of images, or --dataset NAME, and not both")
+    if arguments.output and (arguments.json or arguments.csv):
+        raise ValueError("--output writes a table of its own: leave out --json and --csv")
     reader = Reader(_open_weights(arguments.weights))
     if arguments.output:
         return _classify_into(arguments, reader)
@@ -167,9 +173,12 @@ def _sources(arguments: argparse.Namespace) -> Iterator[tuple[str, Path | bytes]
 def _classify_into(arguments: argparse.Namespace, reader: "Reader") -> int:
     from accelerate import PartialState
 
-    from hep2.bulk import gather_parts, read_into
+    from hep2.bulk import forget_failures, gather_parts, read_into
 
     state = PartialState()  # one process, or those of `accelerate launch`
+    if state.is_main_process:
+        forget_failures(arguments.output)
+    state.wait_for_everyone()
     total = sum(1 for _ in _sources(arguments))
     failed = read_into(
         reader,
@@ -190,12 +199,13 @@ def _classify_into(arguments: argparse.Namespace, reader: "Reader") -> int:
 
 
 def _specimen(arguments: argparse.Namespace) -> int:
-    from hep2.fields import draw_overlay, read_specimen, specimen_rows
+    from hep2.fields import check_pixel_size, draw_overlay, read_specimen, specimen_rows
     from hep2.imaging import read_intensity
     from hep2.reader import Reader
 
-    if arguments.pixel_size is not None and not arguments.pixel_size > 0:
-        raise ValueError(f"--pixel-size is {arguments.pixel_size}: give micrometres, more than 0")
+    check_pixel_size(arguments.pixel_size)
+    if arguments.overlay and arguments.overlay.is_dir():
+        raise ValueError(f"--overlay {arguments.overlay} is a folder: give the name of a PNG file")
     fields = []
     for path in arguments.fields:
         try:
@@ -227,7 +237,7 @@ def _specimen(arguments: argparse.Namespace) -> int:
         answer = specimen.as_dict()
         counts = [f"{name} {count}" for name, count in specimen.counts.items() if count]
         counts += [f"{answer[what]} {what}" for what in ("refused", "mitotic") if answer[what]]
-        print(f"  {answer['cells']} cells: {', '.join(counts)}")
+        print(f"  {answer['cells']} cells" + (f": {', '.join(counts)}" if counts else ""))
         for warning in specimen.warnings:
             print(f"  note: {warning}")
     return 0

@@ -1,6 +1,7 @@
 """Any number of images into one CSV file: never all in memory, resumable, and shared out among several processes."""
 
 import csv
+import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from hep2.imaging import SUFFIXES, ImageSource
 from hep2.reader import BATCH, Failure, Reader, csv_header, csv_row
+from hep2.training import write_atomically
 
 
 def find_images(paths: Iterable[str]) -> Iterator[str]:
@@ -17,9 +19,14 @@ def find_images(paths: Iterable[str]) -> Iterator[str]:
         if not Path(path).is_dir():
             yield path
             continue
+        found = False
         for folder, folders, files in os.walk(path):
             folders.sort()  # which os.walk follows
-            yield from (str(Path(folder, file)) for file in sorted(files) if file.lower().endswith(SUFFIXES))
+            images = [str(Path(folder, file)) for file in sorted(files) if file.lower().endswith(SUFFIXES)]
+            found = found or bool(images)
+            yield from images
+        if not found:
+            yield path  # which is then answered as a file that cannot be read
 
 
 def read_into(
@@ -70,6 +77,23 @@ def read_into(
             if number % BATCH == 0:
                 file.flush()
     return failed
+
+
+def forget_failures(output: Path) -> None:
+    """Take failures out of a table and its parts, so that a run that goes on tries those images again."""
+    for table in (output, *parts_of(output)):
+        if not table.exists():
+            continue
+        _drop_torn_line(table)
+        with open(table, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        if not rows or "error" not in rows[0]:
+            continue
+        kept = [rows[0], *(row for row in rows[1:] if not row[rows[0].index("error")])]
+        if len(kept) < len(rows):
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows(kept)
+            write_atomically(table, text.getvalue().encode())
 
 
 def gather_parts(output: Path) -> None:

@@ -35,6 +35,7 @@ SECOND = 0.2  # of the pooled probability, at the lower end of its interval, tha
 CONDENSED = 1.6  # times the median brightness of the brightest fifth of a cell, from which it is taken as mitotic
 FEW = 10  # cells, below which a verdict says that it rests on few
 RESAMPLES = 1000
+PIXEL_SIZES = (0.02, 1.0)  # micrometres, in the specimen: from an oversampled 100x objective to a 10x
 
 NEGATIVE = "negative or too faint"
 NO_PATTERN = "no pattern of the six"
@@ -256,6 +257,13 @@ def _mirrored(position: np.ndarray, size: int) -> np.ndarray:
     return np.clip((size - 1) - abs((size - 1) - abs(position)), 0, size - 1)
 
 
+def check_pixel_size(pixel_size: float | None) -> None:
+    """Raise ValueError for micrometres a pixel that no microscope for such slides has; None is right."""
+    low, high = PIXEL_SIZES
+    if pixel_size is not None and not low <= pixel_size <= high:
+        raise ValueError(f"the pixel size is {pixel_size}: give micrometres, {low} to {high}, or leave it out")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CellReading:
     """One cell of a specimen: the field it lies in, where, and its reading."""
@@ -307,7 +315,7 @@ class SpecimenReading:
             "second": self.second,
             "cells": len(self.cells),
             "counts": self.counts,
-            "refused": sum(cell.reading.refused for cell in self.cells),
+            "refused": sum(cell.reading.refused and not cell.mitotic for cell in self.cells),
             "mitotic": sum(cell.mitotic for cell in self.cells),
             "per_cell": [cell.as_dict() for cell in self.cells],
             "warnings": self.warnings,
@@ -325,7 +333,13 @@ def read_specimen(
     """Read one specimen from its fields: (name, intensity, notes) each, as `hep2.imaging.read_intensity` gives them.
 
     `pixel_size` is in micrometres. `progress` wraps the cells as they are read, and is told how many there are.
+
+    Raises
+    ------
+    ValueError
+        If `pixel_size` is none that a microscope for such slides can have.
     """
+    check_pixel_size(pixel_size)
     names = [name for name, _, _ in fields]
     if all(max(intensity.shape) < ONE_CELL for _, intensity, _ in fields):
         remark = "the image is no larger than one cell is: give it as a cell, not as a field"
@@ -342,9 +356,13 @@ def read_specimen(
             placed.append((number, cell))
     cells = [(f"cell {number + 1}", Cell(pixels, ())) for number, pixels in enumerate(crops)]
     readings = list(progress(reader.read_cells(cells), len(cells)))
-    condensed = _condensed([cell for _, cell in placed])
+    # Fields of one specimen may differ in exposure: cells in mitosis are bright among those of their own field.
+    condensed = np.zeros(len(placed), bool)
+    for number in range(len(fields)):
+        own = [position for position, (place, _) in enumerate(placed) if place == number]
+        condensed[own] = _condensed([placed[position][1] for position in own])
     read = [
-        CellReading(field=number, found=cell, reading=reading, mitotic=mitotic)
+        CellReading(field=number, found=cell, reading=reading, mitotic=bool(mitotic))
         for (number, cell), reading, mitotic in zip(placed, readings, condensed, strict=True)
     ]
     faint = all(_is_faint(intensity, one) for (_, intensity, _), one in zip(fields, found, strict=True))
@@ -365,8 +383,10 @@ def _condensed(cells: list[FoundCell]) -> list[bool]:
 def _is_faint(intensity: np.ndarray, found: FoundField) -> bool:
     if not found.cells:
         return True
-    # Eight bits are a camera's own range. Deeper images rarely use theirs: their brightest light takes its place.
-    full = 255.0 if intensity.max() <= 255 else float(intensity.max())
+    # Eight bits, and floats up to 1, are a range of their own. Deeper images rarely use theirs: their brightest light
+    # takes its place.
+    brightest = float(intensity.max())
+    full = next((limit for limit in (1.0, 255.0) if brightest <= limit), brightest)
     return float(np.median([cell.brightness for cell in found.cells])) < FAINT * full
 
 
@@ -379,7 +399,8 @@ def _pool(cells: list[CellReading], faint: bool, stained: float) -> dict:
     if faint:
         remark = "the cells hardly rise above the ground: expose longer, or it is negative"
         return {"verdict": NEGATIVE, "warnings": [remark]}
-    refused = sum(cell.reading.refused for cell in cells) / len(cells)
+    interphase = [cell for cell in cells if not cell.mitotic]
+    refused = sum(cell.reading.refused for cell in interphase) / max(1, len(interphase))
     if refused > MOST_REFUSED or not counted:
         remark = f"refused: {refused:.0%} of the cells show none of the six patterns"
         return {"verdict": NO_PATTERN, "warnings": [remark]}

@@ -126,6 +126,8 @@ def prepare(intensity: np.ndarray) -> np.ndarray:
 def _decode(source: str | Path | bytes | BinaryIO, notes: list[str]) -> np.ndarray:
     if isinstance(source, (str, Path)):
         path = Path(source)
+        if path.is_dir():
+            raise ImageError("there is no PNG, JPEG, TIFF, BMP or WebP image in this folder")
         if not path.is_file():
             raise FileNotFoundError("there is no such file; give the path of an image")
         data = path.read_bytes()
@@ -139,7 +141,7 @@ def _decode(source: str | Path | bytes | BinaryIO, notes: list[str]) -> np.ndarr
         raise
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"not an image of a known kind (it begins with {data[:8]!r}); give PNG, JPEG, TIFF, BMP or WebP"
+            f"not an image of a known kind (its first bytes are {data[:8].hex(' ')}); give PNG, JPEG, TIFF, BMP or WebP"
         ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"the image has more than {MAX_PIXELS:,} pixels: cut out a smaller part") from error

@@ -17,9 +17,9 @@ from hep2.weights import Weights, specimen_models
 
 COLOURS = {pattern.name: pattern.colour for pattern in PATTERNS}
 NO_VERDICT = "no verdict"
+PREVIEW = 320  # largest side of a picture of an upload, in pixels
 FIELD_PREVIEW = 1200  # the same of a field
 MOST_CARDS = 200  # cells of a specimen that are shown one by one
-PREVIEW = 320  # largest side of a picture of an upload, in pixels
 
 
 def picture(values: np.ndarray) -> str:

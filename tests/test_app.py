@@ -112,7 +112,8 @@ def test_specimen_reads_fields_and_names_what_it_cannot_read(web):
     assert len(cells) < answer["cells"] < 3 * len(cells)
     assert {cell["field"] for cell in answer["per_cell"]} == {0, 1}
     assert "not an image" in call(web, "specimen", [bad], None)[1][0]["error"]
-    assert "pixel_size is -1" in call(web, "specimen", [field], -1)[1][0]["error"]
+    assert "pixel size is -1" in call(web, "specimen", [field], -1)[1][0]["error"]
+    assert "pixel size is 'abc'" in call(web, "specimen", [field], "abc")[1][0]["error"]
     assert "no image came" in call(web, "specimen", None, None)[1][0]["error"]
 
 

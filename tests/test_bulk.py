@@ -1,4 +1,5 @@
 import csv
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,12 +95,23 @@ def test_read_into_takes_no_foreign_table(reader, folder, tmp_path):
 
 
 def test_classify_reads_a_folder_or_a_dataset_into_a_table(folder, untrained, tmp_path, capsys):
-    table = tmp_path / "out" / "table.csv"
+    table, folder = tmp_path / "out" / "table.csv", shutil.copytree(folder, tmp_path / "cells")
     assert main(["classify", str(folder), "--weights", str(untrained), "--output", str(table)]) == 1
     rows = rows_of(table)
     assert len(rows) == 11
     assert [bool(row["error"]) for row in rows] == [False] * 10 + [True]
     assert "1 of them could not be read" in capsys.readouterr().err
+    # What could not be read is tried again.
+    broken = next(row["file"] for row in rows if row["error"])
+    shutil.copy(rows[0]["file"], broken)
+    assert main(["classify", str(folder), "--weights", str(untrained), "--output", str(table)]) == 0
+    assert sorted(row["file"] for row in rows_of(table)) == sorted(row["file"] for row in rows)
+    assert not any(row["error"] for row in rows_of(table))
+    assert main(["classify", str(folder), "--output", str(table), "--json"]) == 1
+    assert "leave out --json" in capsys.readouterr().err
+    (folder / "empty").mkdir()
+    assert main(["classify", str(folder / "empty"), "--weights", str(untrained)]) == 1
+    assert "there is no PNG, JPEG, TIFF, BMP or WebP image in this folder" in capsys.readouterr().err
     assert main(["classify", "--dataset", "phantoms:1", "--weights", str(untrained), "--csv"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 7
     assert main(["classify", "--weights", str(untrained)]) == 1

@@ -109,7 +109,7 @@ def test_read_specimen_names_the_pattern(reader, pattern):
     low, high = answer["interval"]
     assert low <= answer["probability"] <= high
     assert len(answer["per_cell"]) == answer["cells"] >= 0.8 * len(cells)
-    assert sum(answer["counts"].values()) + answer["refused"] + answer["mitotic"] >= answer["cells"]
+    assert sum(answer["counts"].values()) + answer["refused"] + answer["mitotic"] == answer["cells"]
     assert answer["counts"][pattern] == max(answer["counts"].values())
     drawn = np.asarray(draw_overlay(image, specimen.cells))
     assert drawn.shape == (*SHAPE, 3)
@@ -123,6 +123,22 @@ def test_read_specimen_pools_several_fields(reader):
     assert together["cells"] == sum(one["cells"] for one in alone)
     assert {cell["field"] for cell in together["per_cell"]} == {0, 1}
     assert together["files"] == ["0.tif", "1.tif"]
+
+
+def test_read_specimen_takes_any_units_and_fields_of_unlike_exposure(reader):
+    image, _ = field_of("Homogeneous")
+    plain = read_specimen(reader, [("a", image, [])])
+    for unlike in (image / 255, image * 257):
+        answer = read_specimen(reader, [("a", unlike.astype(np.float32), [])])
+        assert (answer.verdict, answer.counts) == (plain.verdict, plain.counts)
+    both = read_specimen(reader, [("a", image, []), ("b", image * 257, [])]).as_dict()
+    assert both["mitotic"] == 2 * plain.as_dict()["mitotic"]
+
+
+@pytest.mark.parametrize("pixel_size", [0.0, float("inf"), float("nan"), 100.0])
+def test_read_specimen_takes_no_absurd_pixel_size(reader, pixel_size):
+    with pytest.raises(ValueError, match="give micrometres"):
+        read_specimen(reader, [("a", field_of("NuMem")[0], [])], pixel_size=pixel_size)
 
 
 def test_read_specimen_says_when_there_is_no_pattern(reader):
@@ -184,7 +200,7 @@ def test_specimen_command_names_what_cannot_be_read(arguments, message, capsys):
     assert main(["specimen", *arguments]) == 1
     assert message in capsys.readouterr().err
     assert main(["specimen", "README.md", "--pixel-size", "0"]) == 1
-    assert "--pixel-size is 0" in capsys.readouterr().err
+    assert "the pixel size is 0" in capsys.readouterr().err
 
 
 def test_a_field_of_too_many_pixels_is_refused():
