@@ -162,6 +162,7 @@ class Page:
         """Read the fields of one specimen into an overlay, its cells sorted by doubt, a table and a picture to keep."""
         if not paths:
             return gr.skip(), gr.skip(), gr.skip()
+        pixel_size = pixel_size or None
         fields = fields_of(paths, pixel_size)
         if isinstance(fields, Failure):
             return failure_html(fields), None, None
@@ -358,7 +359,7 @@ def build(page: Page, first: str) -> gr.Blocks:
                     label="Fields of one specimen", file_count="multiple", elem_id="upload-field", height=170
                 )
                 gr.Markdown(FIELD_TEXT)
-                scale = gr.Number(label="Micrometres a pixel, if known before the fields are given", value=None)
+                scale = gr.Number(0, label="Micrometres a pixel, to be set first; 0 if not known", minimum=0, step=0.01)
                 with gr.Row():
                     specimen_table = gr.File(label="All cells as CSV", interactive=False, height=90)
                     specimen_pictures = gr.File(label="Fields with the cells drawn in", interactive=False, height=90)

@@ -140,8 +140,9 @@ def _decode(source: str | Path | bytes | BinaryIO, notes: list[str]) -> np.ndarr
     except ImageError:
         raise
     except UnidentifiedImageError as error:
+        start = "".join(chr(byte) if 32 <= byte < 127 else "·" for byte in data[:8])
         raise ImageError(
-            f"not an image of a known kind (its first bytes are {data[:8].hex(' ')}); give PNG, JPEG, TIFF, BMP or WebP"
+            f"not an image of a known kind (it begins with “{start}”); give PNG, JPEG, TIFF, BMP or WebP"
         ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"the image has more than {MAX_PIXELS:,} pixels: cut out a smaller part") from error
