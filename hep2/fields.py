@@ -29,6 +29,7 @@ GOOD_FIT = 0.55  # from which on the bright stain explains the field
 SIZES = (0.5, 1.7)  # accepted equivalent diameters, in units of the nuclei's median
 SOLID = 0.85  # of its convex hull that a cell must fill
 FAINT = 0.06  # of the full range of 8 bits, or of a deeper image's brightest light, that cells must rise above ground
+FAINT_STAIN = 0.04  # the same for the brightest fifth of a cell whose stain lies outside the nucleus
 MOST_REFUSED = 0.5  # of the cells, above which the specimen has no pattern of the six
 LEAST_STAIN = 0.35  # of the stained area that must lie in cells, for the same reason
 SECOND = 0.2  # of the pooled probability, at the lower end of its interval, that makes a second pattern real
@@ -56,12 +57,13 @@ class FoundCell:
 
 @dataclass(frozen=True, kw_only=True)
 class FoundField:
-    """The cells of one field; `nucleus` is the median nucleus across, in pixels, and `stained` the share of the
-    stained area that lies in the cells that were accepted."""
+    """The cells of one field; `nucleus` is the median nucleus across, in pixels, `stained` the share of the stained
+    area that lies in the cells that were accepted, and `hollow` tells that the stain lies outside the nuclei."""
 
     cells: list[FoundCell]
     nucleus: float
     stained: float
+    hollow: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -80,9 +82,10 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
     if trial is None or trial.fit < LEAST_FIT:
         return FoundField(cells=[], nucleus=0.0, stained=0.0, notes=notes)
     # A stain outside the nucleus outlines the cell.
-    cell_to_nucleus = CELL_TO_NUCLEUS if trial.hollow < HOLLOW else 1.0
+    hollow = trial.hollow < HOLLOW
+    cell_to_nucleus = CELL_TO_NUCLEUS if hollow else 1.0
     nucleus = NUCLEUS_MICRONS / pixel_size if pixel_size else trial.size / cell_to_nucleus
-    if cell_to_nucleus > 1:
+    if hollow:
         notes.append("the stain lies outside the nuclei: whole cells are outlined")
     if nucleus < SMALLEST:
         notes.append(
@@ -105,7 +108,7 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
     inner = sum(region.area for region in regions if _is_whole(region, labels.shape))
     stained = sum(region.area for region in accepted) / max(1.0, float(inner))
     nucleus = nucleus if pixel_size else median / scale / cell_to_nucleus
-    return FoundField(cells=cells, nucleus=nucleus, stained=stained, notes=notes)
+    return FoundField(cells=cells, nucleus=nucleus, stained=stained, hollow=hollow, notes=notes)
 
 
 class _Trial(NamedTuple):
@@ -387,6 +390,8 @@ def _is_faint(intensity: np.ndarray, found: FoundField) -> bool:
     # takes its place.
     brightest = float(intensity.max())
     full = next((limit for limit in (1.0, 255.0) if brightest <= limit), brightest)
+    if found.hollow:  # most of such a cell is dark: its stain must shine
+        return float(np.median([cell.peak for cell in found.cells])) < FAINT_STAIN * full
     return float(np.median([cell.brightness for cell in found.cells])) < FAINT * full
 
 
