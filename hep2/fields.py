@@ -29,7 +29,8 @@ GOOD_FIT = 0.55  # from which on the bright stain explains the field
 SIZES = (0.5, 1.7)  # accepted equivalent diameters, in units of the nuclei's median
 SOLID = 0.85  # of its convex hull that a cell must fill
 FAINT = 0.06  # of the full range of 8 bits, or of a deeper image's brightest light, that cells must rise above ground
-FAINT_STAIN = 0.04  # the same for the brightest fifth of a cell whose stain lies outside the nucleus
+FAINT_PEAK = 0.08  # the same for the brightest fifth of a cell: one of the two is enough,
+FAINT_STAIN = 0.04  # and this for cells whose stain lies outside the nucleus
 MOST_REFUSED = 0.5  # of the cells, above which the specimen has no pattern of the six
 LEAST_STAIN = 0.35  # of the stained area that must lie in cells, for the same reason
 SECOND = 0.2  # of the pooled probability, at the lower end of its interval, that makes a second pattern real
@@ -390,9 +391,11 @@ def _is_faint(intensity: np.ndarray, found: FoundField) -> bool:
     # takes its place.
     brightest = float(intensity.max())
     full = next((limit for limit in (1.0, 255.0) if brightest <= limit), brightest)
-    if found.hollow:  # most of such a cell is dark: its stain must shine
-        return float(np.median([cell.peak for cell in found.cells])) < FAINT_STAIN * full
-    return float(np.median([cell.brightness for cell in found.cells])) < FAINT * full
+    # Most of a cell may be dark, as where nucleoli or the Golgi apparatus shine: then the brightest fifth counts.
+    peak = float(np.median([cell.peak for cell in found.cells])) / full
+    if found.hollow:
+        return peak < FAINT_STAIN
+    return float(np.median([cell.brightness for cell in found.cells])) / full < FAINT and peak < FAINT_PEAK
 
 
 def _pool(cells: list[CellReading], faint: bool, stained: float) -> dict:
