@@ -21,7 +21,7 @@ from PIL import Image
 
 from hep2.__main__ import add_weights_option
 from hep2.data import load_cells
-from hep2.fields import PIXEL_SIZES, check_pixel_size, draw_overlay, read_specimen, specimen_rows
+from hep2.fields import check_pixel_size, draw_overlay, read_specimen, specimen_rows
 from hep2.hub import open_weights
 from hep2.imaging import Cell, ImageError, load_cell, make_cell, read_intensity
 from hep2.patterns import CLASS_NAMES, MODEL_TITLES
@@ -263,10 +263,8 @@ def fields_of(paths: list[str], pixel_size: float | None) -> list[tuple] | Failu
     """Decode the fields of one specimen as `hep2.fields.read_specimen` takes them, or say what cannot be read."""
     try:
         check_pixel_size(pixel_size)
-    except (ValueError, TypeError):
-        low, high = PIXEL_SIZES
-        remark = f"the pixel size is {pixel_size!r}: give micrometres, {low} to {high}, or leave it out"
-        return Failure("", remark)
+    except ValueError as error:
+        return Failure("", str(error))
     fields = []
     for path in paths:
         try:

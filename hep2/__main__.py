@@ -177,7 +177,7 @@ def _classify_into(arguments: argparse.Namespace, reader: "Reader") -> int:
 
     state = PartialState()  # one process, or those of `accelerate launch`
     if state.is_main_process:
-        forget_failures(arguments.output)
+        forget_failures(arguments.output, reader.weights)
     state.wait_for_everyone()
     total = sum(1 for _ in _sources(arguments))
     failed = read_into(

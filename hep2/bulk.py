@@ -11,6 +11,7 @@ from tqdm import tqdm
 from hep2.imaging import SUFFIXES, ImageSource
 from hep2.reader import BATCH, Failure, Reader, csv_header, csv_row
 from hep2.training import write_atomically
+from hep2.weights import Weights
 
 
 def find_images(paths: Iterable[str]) -> Iterator[str]:
@@ -79,17 +80,23 @@ def read_into(
     return failed
 
 
-def forget_failures(output: Path) -> None:
-    """Take failures out of a table and its parts, so that a run that goes on tries those images again."""
+def forget_failures(output: Path, weights: Weights) -> None:
+    """Take these weights' failures out of a table and its parts, so that a run that goes on tries those images again.
+
+    Tables of another kind stay as they are; `read_into` refuses them.
+    """
+    header = csv_header(weights)
+    error, revision = header.index("error"), header.index("revision")
     for table in (output, *parts_of(output)):
         if not table.exists():
             continue
+        with open(table, newline="", encoding="utf-8") as file:
+            if next(csv.reader(file), None) != header:
+                continue
         _drop_torn_line(table)
         with open(table, newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
-        if not rows or "error" not in rows[0]:
-            continue
-        kept = [rows[0], *(row for row in rows[1:] if not row[rows[0].index("error")])]
+        kept = [rows[0], *(row for row in rows[1:] if not (row[error] and row[revision] == weights.revision))]
         if len(kept) < len(rows):
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows(kept)

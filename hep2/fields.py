@@ -79,13 +79,14 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
     if drawn.any():
         intensity = np.where(drawn, np.median(intensity), intensity)
     notes = ["a scale bar, writing or saturated light was left out"] if drawn.any() else []
-    trial = _best_trial(intensity, NUCLEUS_MICRONS / pixel_size if pixel_size else None)
+    known = NUCLEUS_MICRONS / pixel_size if pixel_size else None
+    trial = _best_trial(intensity, known)
     if trial is None or trial.fit < LEAST_FIT:
         return FoundField(cells=[], nucleus=0.0, stained=0.0, notes=notes)
     # A stain outside the nucleus outlines the cell.
     hollow = trial.hollow < HOLLOW
     cell_to_nucleus = CELL_TO_NUCLEUS if hollow else 1.0
-    nucleus = NUCLEUS_MICRONS / pixel_size if pixel_size else trial.size / cell_to_nucleus
+    nucleus = known or trial.size / cell_to_nucleus
     if hollow:
         notes.append("the stain lies outside the nuclei: whole cells are outlined")
     if nucleus < SMALLEST:
@@ -99,7 +100,7 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
     whole = [region for region in regions if _is_whole(region, labels.shape) and not drawn[region.slice].any()]
     sizes = [r.equivalent_diameter_area for r in whole if r.equivalent_diameter_area > SIZES[0] * trial.size * scale]
     # The median is taken over what may be nuclei: dust is more frequent than cells in a thin field.
-    median = float(np.median(sizes)) if sizes and not pixel_size else trial.size * scale
+    median = float(np.median(sizes)) if sizes and not known else trial.size * scale
     accepted = [
         region
         for region in whole
@@ -108,7 +109,7 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
     cells = [_found(region, scale, working, ground) for region in accepted]
     inner = sum(region.area for region in regions if _is_whole(region, labels.shape))
     stained = sum(region.area for region in accepted) / max(1.0, float(inner))
-    nucleus = nucleus if pixel_size else median / scale / cell_to_nucleus
+    nucleus = known or median / scale / cell_to_nucleus
     return FoundField(cells=cells, nucleus=nucleus, stained=stained, hollow=hollow, notes=notes)
 
 
@@ -262,10 +263,10 @@ def _mirrored(position: np.ndarray, size: int) -> np.ndarray:
 
 
 def check_pixel_size(pixel_size: float | None) -> None:
-    """Raise ValueError for micrometres a pixel that no microscope for such slides has; None is right."""
+    """Raise ValueError for what are no micrometres a pixel of a microscope for such slides; None is right."""
     low, high = PIXEL_SIZES
-    if pixel_size is not None and not low <= pixel_size <= high:
-        raise ValueError(f"the pixel size is {pixel_size}: give micrometres, {low} to {high}, or leave it out")
+    if pixel_size is not None and not (isinstance(pixel_size, (int, float)) and low <= pixel_size <= high):
+        raise ValueError(f"the pixel size is {pixel_size!r}: give micrometres, {low} to {high}, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

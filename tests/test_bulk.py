@@ -109,6 +109,11 @@ def test_classify_reads_a_folder_or_a_dataset_into_a_table(folder, untrained, tm
     assert not any(row["error"] for row in rows_of(table))
     assert main(["classify", str(folder), "--output", str(table), "--json"]) == 1
     assert "leave out --json" in capsys.readouterr().err
+    # A table of another kind loses nothing.
+    foreign = tmp_path / "foreign.csv"
+    foreign.write_text("file,error\na,none\nb,broken")
+    assert main(["classify", str(folder), "--weights", str(untrained), "--output", str(foreign)]) == 1
+    assert foreign.read_text().startswith("file,error\na,none\n")
     (folder / "empty").mkdir()
     assert main(["classify", str(folder / "empty"), "--weights", str(untrained)]) == 1
     assert "there is no PNG, JPEG, TIFF, BMP or WebP image in this folder" in capsys.readouterr().err
