@@ -39,29 +39,49 @@ def augment_tuned(
     sharpness: float = 0.0,
     haze: float = 0.0,
     noise: float = 0.0,
+    exposure: float = 0.0,
+    share: float = 1.0,
 ) -> Tensor:
     """Turn, mirror, shift, and change gain, gamma and offset; if asked, scale, focus, haze and noise as well.
 
     Fine texture tells Speckled from Homogeneous, and a rotation by a free angle blurs it: quarter turns, mirrors and
-    shifts by whole pixels move pixels and leave their values alone. `zoom`, `sharpness`, `haze` and `noise` do what
-    sets one specimen off from the next: magnification, focus, how much of the stain lies diffusely in and round the
-    nucleus, and how faint the light was. What comes out is stretched as every image is.
+    shifts by whole pixels move pixels and leave their values alone. `zoom`, `sharpness`, `haze`, `noise` and `exposure`
+    do what sets one specimen off from the next: magnification, focus, how much of the stain lies diffusely in and
+    round the nucleus, how faint the light was, or how much of it was too bright. They are done to a `share` of the
+    images, drawn anew for each batch, and these are then stretched as every image is.
     """
-    images = dihedral(images, generator)
+    images = translate(dihedral(images, generator), shift, generator)
+    if share and (zoom or sharpness or haze or noise or exposure):
+        chosen = (torch.rand(len(images), generator=generator) < share).nonzero()[:, 0].to(images.device)
+        if len(chosen):
+            changed = _another_specimen(images[chosen], generator, zoom, sharpness, haze, noise, exposure)
+            images[chosen] = stretch(changed)
+    gamma = torch.exp(gain * (2 * _uniform(images, generator) - 1))
+    scale = 1 + gain * (2 * _uniform(images, generator) - 1)
+    images = images.clamp(0, 1).pow(gamma) * scale + offset * (2 * _uniform(images, generator) - 1)
+    return images.clamp(0, 1)
+
+
+def _another_specimen(
+    images: Tensor,
+    generator: Generator,
+    zoom: float,
+    sharpness: float,
+    haze: float,
+    noise: float,
+    exposure: float,
+) -> Tensor:
     if zoom:
         images = rescale(images, zoom, generator)
-    images = translate(images, shift, generator)
     if sharpness or haze:
         images = refocus(images, sharpness, haze, generator)
     if noise:
         grain = torch.randn(images.shape, generator=generator).to(images.device)
         images = images + noise * _uniform(images, generator).square() * grain
-    if sharpness or haze or noise:
-        images = stretch(images)
-    gamma = torch.exp(gain * (2 * _uniform(images, generator) - 1))
-    scale = 1 + gain * (2 * _uniform(images, generator) - 1)
-    images = images.clamp(0, 1).pow(gamma) * scale + offset * (2 * _uniform(images, generator) - 1)
-    return images.clamp(0, 1)
+    if exposure:
+        # What is brighter than the camera can tell is clipped.
+        images = (images * (1 + exposure * _uniform(images, generator).square())).clamp(max=1)
+    return images
 
 
 def rescale(images: Tensor, zoom: float, generator: Generator) -> Tensor:

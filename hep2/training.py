@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -42,7 +42,10 @@ class Recipe:
     zoom: float = 0.0  # the same for scale,
     sharpness: float = 0.0  # for focus,
     haze: float = 0.0  # for diffuse stain,
-    noise: float = 0.0  # and for noise
+    noise: float = 0.0  # for noise,
+    exposure: float = 0.0  # and for light that is too bright,
+    share: float = 1.0  # in this share of the images
+    finish: float = 0.0  # share of the epochs, the last, that alone do these five, in a learning cycle of their own
     cutmix: float = 0.0  # share of the batches in which a patch of each image comes from another
     style_mixing: float = 0.0  # share of the batches whose cells exchange the statistics of their early features
     class_balance: Literal["none", "weights", "sampling", "specimens"] = "none"
@@ -167,7 +170,7 @@ class _Run:
         totals = torch.zeros(3, dtype=torch.float64)  # loss, right, examples
         batches = _batches(self.train, self.recipe, order)
         for step, batch in enumerate(batches):
-            rate = _learning_rate(self.recipe, (epoch * len(batches) + step) / (self.recipe.epochs * len(batches)))
+            rate = _learning_rate(self.recipe, epoch + step / len(batches))
             share = batch[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
             totals += self.step(share, rate, own)
             if not math.isfinite(totals[0]):
@@ -181,7 +184,8 @@ class _Run:
         """Take one step on the examples at the positions `share`; returns their summed loss, right ones and count."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        inputs, labels = _augmented(self.train, share, self.recipe, generator)
+        changes = self.state["epoch"] >= _beginning(self.recipe)
+        inputs, labels = _augmented(self.train, share, self.recipe, generator, changes)
         targets = F.one_hot(labels, self.classes).float()
         if self.recipe.cutmix and torch.rand((), generator=generator) < self.recipe.cutmix:
             inputs, targets = cutmix(inputs, targets, generator)
@@ -356,21 +360,28 @@ def _batches(train: Examples, recipe: Recipe, generator: Generator) -> tuple[Ten
     return order.tensor_split(-(-count // recipe.batch_size))
 
 
-def _augmented(train: Examples, index: Tensor, recipe: Recipe, generator: Generator) -> tuple[Tensor, Tensor]:
+def _beginning(recipe: Recipe) -> int:
+    """Return the number of epochs before the finish: none where there is no finish."""
+    return recipe.epochs - round(recipe.finish * recipe.epochs) if recipe.finish else 0
+
+
+def _augmented(
+    train: Examples, index: Tensor, recipe: Recipe, generator: Generator, changes: bool
+) -> tuple[Tensor, Tensor]:
     # In the paper's recipe example i is cell i % n under rotation i // n, which makes its 57,102 out of 9,517.
     cell, angle = index % len(train.labels), index // len(train.labels)
     inputs, labels = train.inputs[cell], train.labels[cell]
     if recipe.augmentation == "paper":
         inputs = augment_paper(inputs, angle, generator)
     elif recipe.augmentation == "tuned":
-        inputs = augment(inputs, recipe, generator)
+        inputs = augment(inputs, recipe if changes else replace(recipe, share=0.0), generator)
     return inputs, labels
 
 
 def augment(images: Tensor, recipe: Recipe, generator: Generator) -> Tensor:
     """Change images (batch, 1, 78, 78) at random as much as a recipe with the tuned augmentation says."""
-    strength = {name: getattr(recipe, name) for name in ("gain", "zoom", "sharpness", "haze", "noise")}
-    return augment_tuned(images, generator, **strength)
+    names = ("gain", "zoom", "sharpness", "haze", "noise", "exposure", "share")
+    return augment_tuned(images, generator, **{name: getattr(recipe, name) for name in names})
 
 
 def _class_weights(labels: Tensor) -> Tensor:
@@ -399,14 +410,19 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW([group for group in groups if group["params"]], recipe.learning_rate)
 
 
-def _learning_rate(recipe: Recipe, progress: float) -> float:
-    """Return the learning rate at `progress` in [0, 1) through the run."""
+def _learning_rate(recipe: Recipe, epochs: float) -> float:
+    """Return the learning rate after so many `epochs`, whole and broken ones."""
     if recipe.schedule == "constant":
         return recipe.learning_rate
+    start, highest, length = 0, recipe.learning_rate, _beginning(recipe) or recipe.epochs
+    if epochs >= length:
+        # The second cycle bends what the first has learned; at the full rate it would learn it anew.
+        start, highest, length = length, recipe.learning_rate / 2, recipe.epochs - length
+    progress = (epochs - start) / length
     if progress < recipe.warm_up:
-        return recipe.learning_rate * (0.02 + 0.98 * progress / recipe.warm_up)
+        return highest * (0.02 + 0.98 * progress / recipe.warm_up)
     descent = (progress - recipe.warm_up) / (1 - recipe.warm_up)
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * descent))
+    return highest * 0.5 * (1 + math.cos(math.pi * descent))
 
 
 def _moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hep2.augmentation import augment_paper, augment_tuned, dihedral, translate
+from hep2.augmentation import augment_paper, augment_tuned, dihedral, stretch, translate
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -24,7 +24,17 @@ def test_translate_moves_whole_pixels_and_mirrors_at_the_border():
         assert any(torch.equal(one, window) for window in windows)
 
 
-@pytest.mark.parametrize("augment", [augment_tuned, lambda x, g: augment_paper(x, torch.arange(len(x)) % 6, g)])
+CHANGES = {"zoom": 0.25, "sharpness": 1.0, "haze": 0.3, "noise": 0.2, "exposure": 0.6}
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        augment_tuned,
+        lambda x, g: augment_tuned(x, g, **CHANGES, share=0.5),
+        lambda x, g: augment_paper(x, torch.arange(len(x)) % 6, g),
+    ],
+)
 def test_augmentation_keeps_shape_and_range_and_follows_the_generator(augment, phantoms):
     images = phantoms.images[:24]
     result = augment(images, generator(1))
@@ -43,3 +53,20 @@ def test_augment_paper_leaves_angle_0_and_turns_angle_90():
     torch.testing.assert_close(result[0], images[0])
     turned = result[1] / result[1].max() * 0.5
     assert any(torch.allclose(turned, torch.rot90(images[1], k, (1, 2)), atol=1e-4) for k in (1, 3))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_augment_tuned_changes_a_share_of_the_images(change, phantoms):
+    images = stretch(phantoms.images)
+    still = {"shift": 0, "gain": 0.0, "offset": 0.0}
+    moved = {tuple(image.flatten().sort().values.tolist()) for image in images}  # a turn leaves the values as they are
+    for share, low, high in ((0.0, 0.0, 0.0), (0.5, 0.3, 0.7), (1.0, 0.9, 1.0)):
+        result = augment_tuned(images, generator(), **still, **{change: CHANGES[change]}, share=share)
+        changed = sum(tuple(image.flatten().sort().values.tolist()) not in moved for image in result)
+        assert low <= changed / len(images) <= high
+
+
+def test_augment_tuned_lets_light_that_is_too_bright_run_together(phantoms):
+    images = stretch(phantoms.images)
+    result = augment_tuned(images, generator(), gain=0.0, offset=0.0, exposure=3.0)
+    assert (result == 1).float().mean() > 2 * (images == 1).float().mean()

@@ -149,6 +149,19 @@ def test_paper_augmentation_shows_each_cell_six_times(phantoms, tmp_path):
     assert max(seen) <= 8
 
 
+def test_a_finish_changes_images_in_the_last_epochs_alone_at_a_second_rise_of_the_learning_rate(phantoms, tmp_path):
+    plain = replace(RECIPE, epochs=4, schedule="one-cycle")
+    _, first = run(phantoms, tmp_path / "plain", plain)
+    _, both = run(phantoms, tmp_path / "both", replace(plain, epochs=6, noise=0.5, finish=1 / 3))
+    # What came before the finish is a run without one, to the last digit.
+    assert [record["train_loss"] for record in both[:4]] == [record["train_loss"] for record in first]
+    rates = [record["learning_rate"] for record in both]
+    assert rates[3] < rates[4] < rates[0]
+    _, other = run(phantoms, tmp_path / "other", replace(plain, epochs=6, finish=1 / 3))
+    assert other[3]["train_loss"] == both[3]["train_loss"]
+    assert other[4]["train_loss"] != both[4]["train_loss"]
+
+
 def test_recipes_name_every_model_and_the_paper_recipe_is_the_sources():
     for recipe in RECIPES.values():
         assert list(recipe) == ["cnn", "rescnn", "vit", "ensemble"]
