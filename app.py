@@ -6,6 +6,7 @@ import io
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -51,6 +52,8 @@ HELD_OUT_TEXT = "**Examples**: published cells that no model was trained on, wit
 FIELD_TEXT = """One or several whole fields of **one specimen**: dozens of cells, bright on dark, as the camera of a
 microscope gives them. The cells are found, each is read, and all together say what the specimen shows."""
 TABLE = ("file", "verdict", "probability", "models agree", "remarks")
+NOTHING_READ = ([], counts_html([]), None)  # table, counts and CSV
+NO_SPECIMEN = ("", None, None)  # reading, table and pictures
 NO_IMAGE = "no image came; give one file: PNG, JPEG, TIFF, BMP or WebP"
 FITTING = (
     "it takes each image (and several as a list) as a file that was uploaded to /gradio_api/upload before, "
@@ -137,7 +140,7 @@ class Page:
     def read_many(self, paths: list[str] | None, progress=gr.Progress()) -> tuple:  # noqa: B008 (Gradio finds it here)
         """Read many images into a table, a chart of the counts and a CSV file."""
         if not paths:
-            return gr.skip(), gr.skip(), gr.skip()
+            return NOTHING_READ
         readings = list(progress.tqdm(self._read(_named(paths)), total=len(paths), unit="cells", desc="Reading"))
         rows = [
             [reading.file, "", None, None, reading.error]
@@ -158,10 +161,14 @@ class Page:
         file = save_bytes_to_cache(text.getvalue().encode(), "readings.csv", get_upload_folder())
         return rows, counts_html(readings), file
 
+    def read_handed(self, paths: list[str] | None, progress=gr.Progress()) -> tuple:  # noqa: B008
+        """Read what another tab has handed over; when that was nothing, the table stays as it is."""
+        return self.read_many(paths, progress) if paths else (gr.skip(),) * len(NOTHING_READ)
+
     def read_specimen(self, paths: list[str] | None, pixel_size: float | None, progress=gr.Progress()) -> tuple:  # noqa: B008
         """Read the fields of one specimen into an overlay, its cells sorted by doubt, a table and a picture to keep."""
         if not paths:
-            return gr.skip(), gr.skip(), gr.skip()
+            return NO_SPECIMEN
         pixel_size = pixel_size or None
         fields = fields_of(paths, pixel_size)
         if isinstance(fields, Failure):
@@ -275,7 +282,13 @@ def fields_of(paths: list[str], pixel_size: float | None) -> list[tuple] | Failu
 
 
 def _named(paths: Iterable[str]) -> list[tuple[str, Path]]:
-    return [(Path(path).name, Path(path)) for path in paths]
+    """Name each file; of several with one name, from several folders, the later ones are numbered."""
+    named, seen = [], Counter()
+    for path in map(Path, paths):
+        seen[path.name] += 1
+        number = f" ({seen[path.name]})" if seen[path.name] > 1 else ""
+        named.append((path.name + number, path))
+    return named
 
 
 def examples_of(weights: Weights, dataset: str | None, folder: Path) -> tuple[list[Chosen], str]:
@@ -343,7 +356,7 @@ def build(page: Page, first: str) -> gr.Blocks:
                 counts = gr.HTML(counts_html([]), elem_id="counts")
                 table = gr.Dataframe(
                     headers=list(TABLE),
-                    column_widths=["190px", "125px", "115px", "125px", "580px"],
+                    column_widths=["190px", "125px", "150px", "165px", "500px"],
                     wrap=True,
                     max_height=480,
                     interactive=False,
@@ -374,18 +387,18 @@ def build(page: Page, first: str) -> gr.Blocks:
         shown.change(None, shown, None, js=CHOOSE, **private)
         read_many = {"fn": page.read_many, "outputs": [table, counts, download], "show_progress_on": counts, **private}
         shown_upload = upload.upload(page.show_upload, upload, [result, upload, tabs, many, handed], **private)
-        shown_upload.then(inputs=handed, **read_many)
+        shown_upload.then(inputs=handed, **read_many | {"fn": page.read_handed})
         shown_upload.then(None, None, None, js=SHOW, **private)
-        many.upload(inputs=many, **read_many)
-        many.clear(lambda: ([], counts_html([]), None), None, [table, counts, download], **private)
-        field.upload(
+        # A file that is taken out of the list is taken out of what is shown of it.
+        gr.on([many.upload, many.delete, many.clear], inputs=many, **read_many)
+        gr.on(
+            [field.upload, field.delete, field.clear],
             page.read_specimen,
             [field, scale],
             [specimen_result, specimen_table, specimen_pictures],
             show_progress_on=specimen_result,
             **private,
         )
-        field.clear(lambda: ("", None, None), None, [specimen_result, specimen_table, specimen_pictures], **private)
         models_tab.select(lambda: page.model_details, None, details, **private)
 
         with gr.Row(visible=False):

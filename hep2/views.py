@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sized
 from html import escape
 
 import matplotlib
@@ -110,7 +111,11 @@ def counts_html(readings: list[Reading | Failure]) -> str:
     remarks = {"got no verdict": verdicts.count(None), "could not be read": len(readings) - len(verdicts)}
     tail = ", ".join(f"{count} {text}" for text, count in remarks.items() if count)
     tail = f'<p class="small">{tail}: see the table.</p>' if tail else ""
-    return f'<section class="reading"><h3>{len(verdicts)} cells</h3><ul class="bars">{rows}</ul>{tail}</section>'
+    return f'<section class="reading"><h3>{_cells(verdicts)}</h3><ul class="bars">{rows}</ul>{tail}</section>'
+
+
+def _cells(cells: Sized) -> str:
+    return f"{len(cells)} cell{'' if len(cells) == 1 else 's'}"
 
 
 def specimen_html(specimen: SpecimenReading, fields: list[np.ndarray]) -> str:
@@ -137,7 +142,7 @@ def specimen_html(specimen: SpecimenReading, fields: list[np.ndarray]) -> str:
 <div class="verdict" aria-live="polite">{head}</div><ul class="doubts">{doubts}</ul>{pictures}
 <p class="small">Each cell in its pattern's colour, white where it was refused, red in mitosis. Point at a cell to see
 what it was read as; a click leads to its bars.</p>
-<h3>{len(specimen.cells)} cells</h3><ul class="bars">{counts}</ul>
+<h3>{_cells(specimen.cells)}</h3><ul class="bars">{counts}</ul>
 <h3>The cells, the most doubtful first</h3>{left_out}<div class="cards">{gallery}</div>{meaning}
 </section>"""
 
