@@ -7,7 +7,6 @@ reading process has held. Seconds include its start, or, for the API, sending th
 """
 
 import argparse
-import os
 import socket
 import subprocess
 import sys
@@ -63,14 +62,15 @@ def draw(folder: Path, count: int) -> list[str]:
 
 def classify(folder: Path, table: Path) -> tuple[float, int]:
     """Read all cells of a folder by the command line; returns seconds and bytes."""
-    started = time.perf_counter()
+    started, memory = time.perf_counter(), 0
     command = [sys.executable, "-m", "hep2", "classify", str(folder), "--output", str(table)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    while process.poll() is None:
+        memory = high_water(process.pid) or memory
+        time.sleep(0.05)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024
+    return time.perf_counter() - started, memory
 
 
 @contextmanager
@@ -94,9 +94,9 @@ def serving():
 
 
 def high_water(pid: int) -> int:
-    """Return the most memory that a process has held so far, in bytes; Linux only."""
+    """Return the most memory that a process has held so far, in bytes; 0 if it has just ended. Linux only."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,7 @@ def _classify_into(arguments: argparse.Namespace, reader: "Reader") -> int:
 
     state = PartialState()  # one process, or those of `accelerate launch`
     if state.is_main_process:
+        gather_parts(arguments.output, reader.weights)  # of a run that was killed
         forget_failures(arguments.output, reader.weights)
     state.wait_for_everyone()
     total = sum(1 for _ in _sources(arguments))
@@ -190,7 +191,7 @@ def _classify_into(arguments: argparse.Namespace, reader: "Reader") -> int:
     )
     state.wait_for_everyone()
     if state.is_main_process:
-        gather_parts(arguments.output)
+        gather_parts(arguments.output, reader.weights)
         print(f"{total:,} images are in {arguments.output}", file=sys.stderr)
     if failed:
         print(f"hep2: {failed:,} of them could not be read: see the column error", file=sys.stderr)

@@ -1,7 +1,6 @@
 """Any number of images into one CSV file: never all in memory, resumable, and shared out among several processes."""
 
 import csv
-import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +9,6 @@ from tqdm import tqdm
 
 from hep2.imaging import SUFFIXES, ImageSource
 from hep2.reader import BATCH, Failure, Reader, csv_header, csv_row
-from hep2.training import write_atomically
 from hep2.weights import Weights
 
 
@@ -43,7 +41,8 @@ def read_into(
     """Read (name, image) pairs into the table `output`, and return how many could not be read.
 
     What the table holds already is not read again, so that a run that was stopped goes on when it is started again.
-    Of several `processes` each reads its share into a table of its own beside `output`; see `gather_parts`.
+    Of several `processes` each reads its share into a table of its own beside `output`; see `gather_parts`, which one
+    of them must have called before.
 
     Raises
     ------
@@ -52,11 +51,11 @@ def read_into(
     """
     header = csv_header(reader.weights)
     own = output if processes == 1 else output.with_name(f"{output.name}.part-{process}")
-    for table in (own, output):
-        _drop_torn_line(table)
     done, failed = set(), 0
-    for table in {output, own, *parts_of(output)}:
-        for row in _rows(table, header):
+    for table in {output, own}:
+        _check_ours(table, header)
+        _drop_torn_line(table)
+        for row in _rows(table):
             if row["revision"] != reader.weights.revision:
                 raise ValueError(
                     f"{table} was begun with weights of the revision {row['revision']}, these are "
@@ -81,43 +80,45 @@ def read_into(
 
 
 def forget_failures(output: Path, weights: Weights) -> None:
-    """Take these weights' failures out of a table and its parts, so that a run that goes on tries those images again.
+    """Take these weights' failures out of a table, so that a run that goes on tries those images again.
 
-    Tables of another kind stay as they are; `read_into` refuses them.
+    A table of another kind stays as it is; `read_into` refuses it.
     """
     header = csv_header(weights)
     error, revision = header.index("error"), header.index("revision")
-    for table in (output, *parts_of(output)):
-        if not table.exists():
-            continue
-        with open(table, newline="", encoding="utf-8") as file:
-            if next(csv.reader(file), None) != header:
-                continue
-        _drop_torn_line(table)
-        with open(table, newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
-        kept = [rows[0], *(row for row in rows[1:] if not (row[error] and row[revision] == weights.revision))]
-        if len(kept) < len(rows):
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows(kept)
-            write_atomically(table, text.getvalue().encode())
+    if not (output.exists() and _is_ours(output, header)):
+        return
+    _drop_torn_line(output)
+    kept = output.with_name(f".{output.name}.kept")
+    with open(output, newline="", encoding="utf-8") as old, open(kept, "w", newline="", encoding="utf-8") as new:
+        rows = (row for row in csv.reader(old) if not (row[error] and row[revision] == weights.revision))
+        csv.writer(new, lineterminator="\n").writerows(rows)
+    kept.replace(output)
 
 
-def gather_parts(output: Path) -> None:
-    """Put what several processes have written into one table, and delete their parts."""
+def gather_parts(output: Path, weights: Weights) -> None:
+    """Put what several processes have written, or have left when they were killed, into one table, and delete it.
+
+    Raises
+    ------
+    ValueError
+        If one of the tables is none of ours: then all stay as they are.
+    """
     parts = parts_of(output)
     if not parts:
         return
+    header = csv_header(weights)
+    tables = [table for table in (output, *parts) if table.exists()]
+    for table in tables:
+        _check_ours(table, header)
+        _drop_torn_line(table)
     whole = output.with_name(f".{output.name}.whole")
     with open(whole, "w", newline="", encoding="utf-8") as file:
-        header = None
-        for part in [*([output] if output.exists() else []), *parts]:
-            with open(part, newline="", encoding="utf-8") as lines:
-                first = next(lines)
-                if header is None:
-                    header = first
-                    file.write(header)
-                file.writelines(lines)
+        writer, seen = csv.DictWriter(file, header, lineterminator="\n"), set()
+        writer.writeheader()
+        for table in tables:
+            # Killed before it had deleted all parts, an earlier gathering has left rows that are in the table already.
+            writer.writerows(row for row in _rows(table) if not (row["file"] in seen or seen.add(row["file"])))
     whole.replace(output)
     for part in parts:
         part.unlink()
@@ -150,11 +151,20 @@ def _drop_torn_line(table: Path) -> None:
         file.truncate(position + tail.rfind(b"\n") + 1)
 
 
-def _rows(table: Path, header: Sequence[str]) -> Iterator[dict[str, str]]:
-    if not table.exists() or table.stat().st_size == 0:
-        return
-    with open(table, newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        if rows.fieldnames != list(header):
-            raise ValueError(f"{table} is no table of readings; give another --output")
-        yield from rows
+def _is_ours(table: Path, header: Sequence[str]) -> bool:
+    """Tell whether a file is a table of readings with this header, or the beginning of one."""
+    expected = ",".join(header) + "\n"
+    with open(table, newline="", encoding="utf-8", errors="replace") as file:
+        first = file.readline(len(expected))
+    return first == expected or (not first.endswith("\n") and expected.startswith(first))
+
+
+def _check_ours(table: Path, header: Sequence[str]) -> None:
+    if table.exists() and not _is_ours(table, header):
+        raise ValueError(f"{table} is no table of readings; give another --output")
+
+
+def _rows(table: Path) -> Iterator[dict[str, str]]:
+    if table.exists():
+        with open(table, newline="", encoding="utf-8") as file:
+            yield from csv.DictReader(file)

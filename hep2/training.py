@@ -48,6 +48,7 @@ class Recipe:
     finish: float = 0.0  # share of the epochs, the last, that alone do these five, in a learning cycle of their own
     cutmix: float = 0.0  # share of the batches in which a patch of each image comes from another
     style_mixing: float = 0.0  # share of the batches whose cells exchange the statistics of their early features
+    focal: float = 0.0  # how much less a sure answer weighs: the exponent of the focal loss (Lin et al. 2017)
     class_balance: Literal["none", "weights", "sampling", "specimens"] = "none"
     specimen_supervision: bool = False  # the labels tell specimens apart too; see `hep2.models.SpecimenSupervision`
     ema_decay: float | None = None  # weights are averaged over the steps with this decay, and the average is kept
@@ -192,6 +193,8 @@ class _Run:
         logits = self.wrapped(inputs).float()
         smoothing = self.recipe.label_smoothing
         loss = F.cross_entropy(logits, targets, weight=self.class_weights, label_smoothing=smoothing)
+        if self.recipe.focal:
+            loss = focal_loss(logits, targets, self.recipe.focal, smoothing)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         if self.recipe.gradient_norm is not None:
@@ -331,6 +334,13 @@ def mix_style(layer: nn.Module, inputs: tuple, features: Tensor, *, share: float
     weight = torch.distributions.Beta(0.1, 0.1).sample((len(features), 1, 1, 1)).to(features.device)
     new_mean, new_spread = weight * mean + (1 - weight) * mean[other], weight * spread + (1 - weight) * spread[other]
     return (features - mean.to(features)) * (new_spread / spread).to(features) + new_mean.to(features)
+
+
+def focal_loss(logits: Tensor, targets: Tensor, exponent: float, smoothing: float) -> Tensor:
+    """Return the mean cross-entropy, each example's times what is missing to certainty, to the power `exponent`."""
+    certainty = torch.exp(-F.cross_entropy(logits, targets, reduction="none"))
+    losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
+    return ((1 - certainty) ** exponent * losses).mean()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

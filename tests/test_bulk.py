@@ -75,10 +75,24 @@ def test_read_into_shares_out_and_gathers(reader, folder, tmp_path):
     read_into(reader, sources(folder), alone, total=11, progress=False)
     for process in range(3):
         read_into(reader, sources(folder), table, total=11, process=process, processes=3, progress=False)
-    gather_parts(table)
+    gather_parts(table, reader.weights)
     assert list(tmp_path.glob("table.csv*")) == [table]
     key = "file"
     assert sorted(rows_of(table), key=lambda row: row[key]) == sorted(rows_of(alone), key=lambda row: row[key])
+
+
+def test_gather_parts_takes_each_row_once_whatever_a_kill_has_left(reader, folder, tmp_path):
+    table, part = tmp_path / "table.csv", tmp_path / "table.csv.part-1"
+    read_into(reader, sources(folder), table, total=11, progress=False)
+    whole = table.read_bytes()
+    part.write_bytes(whole[:-20])
+    gather_parts(table, reader.weights)
+    assert (table.read_bytes(), part.exists()) == (whole, False)
+    part.write_text("name,price\nbread,2\n")
+    with pytest.raises(ValueError, match="no table of readings"):
+        gather_parts(table, reader.weights)
+    assert table.read_bytes() == whole
+    assert part.exists()
 
 
 def test_read_into_takes_no_foreign_table(reader, folder, tmp_path):
@@ -113,7 +127,7 @@ def test_classify_reads_a_folder_or_a_dataset_into_a_table(folder, untrained, tm
     foreign = tmp_path / "foreign.csv"
     foreign.write_text("file,error\na,none\nb,broken")
     assert main(["classify", str(folder), "--weights", str(untrained), "--output", str(foreign)]) == 1
-    assert foreign.read_text().startswith("file,error\na,none\n")
+    assert foreign.read_text() == "file,error\na,none\nb,broken"
     (folder / "empty").mkdir()
     assert main(["classify", str(folder / "empty"), "--weights", str(untrained)]) == 1
     assert "there is no PNG, JPEG, TIFF, BMP or WebP image in this folder" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from conftest import ROOT
 from torch import nn
 
 from hep2.recipes import ARCHITECTURES, RECIPES
-from hep2.training import Examples, Recipe, cutmix, fit, write_atomically
+from hep2.training import Examples, Recipe, cutmix, fit, focal_loss, write_atomically
 
 RECIPE = Recipe(epochs=3, batch_size=8, optimizer="adamw", learning_rate=0.01, augmentation="tuned", ema_decay=0.9)
 
@@ -195,6 +195,16 @@ def test_cutmix_mixes_targets_by_area():
     for image, target in zip(mixed, targets, strict=True):
         share = image.flatten().long().bincount(minlength=4) / 400
         torch.testing.assert_close(share, target)
+
+
+def test_focal_loss_lets_sure_answers_weigh_little():
+    logits, targets = torch.tensor([[4.0, 0.0], [0.0, 0.0]]), torch.eye(2)[[0, 0]]
+    sure, unsure = torch.softmax(logits, 1)[:, 0]
+    expected = (-((1 - sure) ** 2) * sure.log() - (1 - unsure) ** 2 * unsure.log()) / 2
+    torch.testing.assert_close(focal_loss(logits, targets, 2.0, 0.0), expected)
+    torch.testing.assert_close(
+        focal_loss(logits, targets, 0.0, 0.1), nn.CrossEntropyLoss(label_smoothing=0.1)(logits, targets)
+    )
 
 
 def train_command(output, *options: str) -> list[str]:
