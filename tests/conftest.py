@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
 with socket.socket() as _free:
     _free.bind(("127.0.0.1", 0))
@@ -21,8 +20,11 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hep2-tests-")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.pop("HF_TOKEN", None)
 # The tests' processes share out the cores, before PyTorch takes all of them in each.
-_share = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _share)))
+os.environ.setdefault(
+    "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+)
+
+import torch
 
 from hep2.data import Cells, load_cells
 from hep2.models import Refusal, StackEnsemble, build_model
