@@ -22,7 +22,7 @@ from PIL import Image
 
 from hep2.__main__ import add_weights_option
 from hep2.data import load_cells
-from hep2.fields import check_pixel_size, draw_overlay, read_specimen, specimen_rows
+from hep2.fields import check_pixel_size, draw_overlays, read_specimen, specimen_rows
 from hep2.hub import open_weights
 from hep2.imaging import Cell, ImageError, load_cell, make_cell, read_intensity
 from hep2.patterns import CLASS_NAMES, MODEL_TITLES
@@ -122,7 +122,9 @@ class Page:
         # On ZeroGPU these borrow a card for some seconds; with a card of one's own, or none, they are as they were.
         self._explain = spaces.GPU(duration=10)(reader.explain)
         self._read = spaces.GPU(duration=lambda named: 10 + len(named) // 100)(reader.read)
-        self._read_specimen = spaces.GPU(duration=60)(partial(read_specimen, reader))
+        # Only the models need the card: finding cells, and the progress bar, which cannot travel, stay here.
+        read_cells = spaces.GPU(duration=lambda cells: 10 + len(cells) // 100)(reader.read_cells)
+        self._read_specimen = partial(read_specimen, reader, read_cells=read_cells)
         self.read_together = Gathering(lambda named: list(self._read(named)))
 
     def show_example(self, event: gr.SelectData) -> str:
@@ -182,12 +184,13 @@ class Page:
         csv.writer(text).writerows(specimen_rows(specimen))
         table = save_bytes_to_cache(text.getvalue().encode(), "specimen.csv", get_upload_folder())
         pictures = []
-        for number, (name, intensity, _) in enumerate(fields):
+        intensities = [intensity for _, intensity, _ in fields]
+        for name, picture in zip(specimen.files, draw_overlays(specimen, intensities), strict=True):
             file = io.BytesIO()
-            draw_overlay(intensity, [cell for cell in specimen.cells if cell.field == number]).save(file, "PNG")
+            picture.save(file, "PNG")
             name = f"{Path(name).stem}-cells.png"
             pictures.append(save_bytes_to_cache(file.getvalue(), name, get_upload_folder()))
-        return specimen_html(specimen, [intensity for _, intensity, _ in fields]), table, pictures
+        return specimen_html(specimen, intensities), table, pictures
 
     def specimen(self, fields: list[str] | None, pixel_size: float | None = None) -> dict:
         """Find and read the cells in whole slide fields of one specimen, and say what pattern it has.
@@ -273,11 +276,11 @@ def fields_of(paths: list[str], pixel_size: float | None) -> list[tuple] | Failu
     except ValueError as error:
         return Failure("", str(error))
     fields = []
-    for path in paths:
+    for name, path in _named(paths):
         try:
-            fields.append((Path(path).name, *read_intensity(Path(path))))
+            fields.append((name, *read_intensity(path)))
         except (ImageError, OSError) as error:
-            return Failure(Path(path).name, str(error))
+            return Failure(name, str(error))
     return fields
 
 
@@ -286,8 +289,8 @@ def _named(paths: Iterable[str]) -> list[tuple[str, Path]]:
     named, seen = [], Counter()
     for path in map(Path, paths):
         seen[path.name] += 1
-        number = f" ({seen[path.name]})" if seen[path.name] > 1 else ""
-        named.append((path.name + number, path))
+        again = seen[path.name]
+        named.append((path.name if again == 1 else f"{path.stem} ({again}){path.suffix}", path))
     return named
 
 

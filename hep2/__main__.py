@@ -200,7 +200,7 @@ def _classify_into(arguments: argparse.Namespace, reader: "Reader") -> int:
 
 
 def _specimen(arguments: argparse.Namespace) -> int:
-    from hep2.fields import check_pixel_size, draw_overlay, read_specimen, specimen_rows
+    from hep2.fields import check_pixel_size, draw_overlays, read_specimen, specimen_rows
     from hep2.imaging import read_intensity
     from hep2.reader import Reader
 
@@ -221,12 +221,13 @@ def _specimen(arguments: argparse.Namespace) -> int:
         progress=lambda cells, total: tqdm(cells, total=total, unit="cell", disable=not sys.stderr.isatty()),
     )
     if arguments.overlay:
-        for number, (_, intensity, _) in enumerate(fields):
+        intensities = (intensity for _, intensity, _ in fields)
+        for number, picture in enumerate(draw_overlays(specimen, intensities)):
             path = arguments.overlay
             if len(fields) > 1:
                 path = path.with_stem(f"{path.stem}-{number + 1}")
             path.parent.mkdir(parents=True, exist_ok=True)
-            draw_overlay(intensity, [cell for cell in specimen.cells if cell.field == number]).save(path, "PNG")
+            picture.save(path, "PNG")
     if arguments.json:
         print(json.dumps(specimen.as_dict(), ensure_ascii=False))
     elif arguments.csv:

@@ -1,6 +1,6 @@
 """A whole slide field in, a specimen's pattern out: finds the cells, reads each, and pools what the models say."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -334,10 +334,12 @@ def read_specimen(
     *,
     pixel_size: float | None = None,
     progress: Callable[[Iterable, int], Iterable] = lambda cells, total: cells,
+    read_cells: Callable[[list[tuple[str, Cell]]], Iterable[Reading]] | None = None,
 ) -> SpecimenReading:
     """Read one specimen from its fields: (name, intensity, notes) each, as `hep2.imaging.read_intensity` gives them.
 
     `pixel_size` is in micrometres. `progress` wraps the cells as they are read, and is told how many there are.
+    `read_cells` takes the place of the reader's own, where that is to run on a card that is lent.
 
     Raises
     ------
@@ -360,7 +362,7 @@ def read_specimen(
                 continue
             placed.append((number, cell))
     cells = [(f"cell {number + 1}", Cell(pixels, ())) for number, pixels in enumerate(crops)]
-    readings = list(progress(reader.read_cells(cells), len(cells)))
+    readings = list(progress((read_cells or reader.read_cells)(cells), len(cells)))
     # Fields of one specimen may differ in exposure: cells in mitosis are bright among those of their own field.
     condensed = np.zeros(len(placed), bool)
     for number in range(len(fields)):
@@ -371,7 +373,8 @@ def read_specimen(
         for (number, cell), reading, mitotic in zip(placed, readings, condensed, strict=True)
     ]
     faint = all(_is_faint(intensity, one) for (_, intensity, _), one in zip(fields, found, strict=True))
-    stained = float(np.mean([one.stained for one in found])) if found else 0.0
+    # A field without cells says nothing of how they are stained.
+    stained = float(np.mean([one.stained for one in found if one.cells] or [0.0]))
     pooled = _pool(read, faint, stained)
     pooled["warnings"] = warnings + pooled["warnings"]
     return SpecimenReading(files=names, cells=read, weights=reader.origin, **pooled)
@@ -449,6 +452,12 @@ def specimen_rows(specimen: SpecimenReading) -> list[list]:
         numbers = [value for model in answer["models"].values() for value in model.values()]
         rows.append([specimen.files[cell.field], *answer["bbox"], *first, *numbers])
     return rows
+
+
+def draw_overlays(specimen: SpecimenReading, intensities: Iterable[np.ndarray]) -> Iterator[Image.Image]:
+    """Draw the specimen's cells into each of its fields; see `draw_overlay`."""
+    for number, intensity in enumerate(intensities):
+        yield draw_overlay(intensity, [cell for cell in specimen.cells if cell.field == number])
 
 
 def draw_overlay(intensity: np.ndarray, cells: list[CellReading]) -> Image.Image:

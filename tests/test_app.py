@@ -6,6 +6,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from inspect import isgenerator
 from pathlib import Path
 
 import httpx2
@@ -233,6 +234,32 @@ def test_what_a_lent_card_computes_can_travel_between_processes(untrained):
     reader = Reader(load_weights(untrained))
     explanation = reader.explain("cell.png", load_cell("examples/Golgi/1.png"))
     assert pickle.loads(pickle.dumps(explanation)).reading.as_dict() == explanation.reading.as_dict()
+
+
+def test_the_page_lends_a_card_only_what_can_travel(untrained, monkeypatch, tmp_path):
+    travelled = []
+
+    def lend(duration):
+        def wrap(function):
+            def travelling(*arguments, **options):
+                travelled.append(function.__name__)
+                answer = function(*pickle.loads(pickle.dumps(arguments)), **pickle.loads(pickle.dumps(options)))
+                return iter(pickle.loads(pickle.dumps(list(answer)))) if isgenerator(answer) else answer
+
+            return travelling
+
+        return wrap
+
+    monkeypatch.setattr(app.spaces, "GPU", lend)
+    shown = app.Page(Reader(load_weights(untrained)), [], "")
+    image, _ = phantom_field("NuMem", np.random.default_rng(0), shape=(480, 640), nucleus=60.0)
+    Image.fromarray(image).save(tmp_path / "field.png")
+    monkeypatch.setattr(app, "save_bytes_to_cache", lambda data, name, folder: name)
+    _, table, pictures = shown.read_specimen([str(tmp_path / "field.png")] * 2, 0)
+    assert (table, pictures) == ("specimen.csv", ["field-cells.png", "field (2)-cells.png"])
+    assert shown.specimen([str(tmp_path / "field.png")])["cells"] > 5
+    assert len(shown.read_many(["examples/Golgi/1.png"] * 3)[0]) == 3
+    assert travelled == ["read_cells", "read_cells", "read"]
 
 
 def test_uploads_and_downloads_lie_where_gradio_deletes_them_within_the_hour(web, page):

@@ -135,6 +135,13 @@ def test_read_specimen_takes_any_units_and_fields_of_unlike_exposure(reader):
     assert both["mitotic"] == 2 * plain.as_dict()["mitotic"]
 
 
+def test_read_specimen_is_not_put_off_by_a_field_without_cells(reader):
+    image, _ = field_of("NuMem")
+    empty = [(f"{name}.tif", np.full(SHAPE, 5.0, np.float32), []) for name in "bc"]
+    alone, among = (read_specimen(reader, [("a.tif", image, []), *others]) for others in ([], empty))
+    assert (among.verdict, among.counts) == (alone.verdict, alone.counts) == ("NuMem", alone.counts)
+
+
 @pytest.mark.parametrize("pixel_size", [0.0, float("inf"), float("nan"), 100.0])
 def test_read_specimen_takes_no_absurd_pixel_size(reader, pixel_size):
     with pytest.raises(ValueError, match="give micrometres"):
