@@ -57,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
             accelerator=accelerator,
         )
         if accelerator.is_main_process:
-            weights = load_weights(arguments.output, tuple(arguments.models))
+            # Those that lie there from before are measured with the others, so that metrics.json has them all.
+            trained = tuple(name for name in MODELS if (arguments.output / name / "config.json").exists())
+            weights = load_weights(arguments.output, trained)
             print(comparison_table(evaluate_weights(weights, cells, arguments.output)["models"]))
             if arguments.push:
                 _push(arguments, cells)

@@ -24,7 +24,6 @@ from hep2.models import build_model, probabilities
 from hep2.patterns import DEFAULT_DATASET, IMAGE_SIZE
 from hep2.recipes import RECIPES
 from hep2.training import Examples, fit, predict_logits
-from hep2.weights import read_json, write_json
 
 PLAIN = replace(RECIPES["tuned"]["cnn"], epochs=10, specimen_supervision=False, share=0.0, finish=0.0)
 REMEDIES = {
@@ -57,10 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(cells: Cells, name: str, seed: int, output: Path, accelerator: Accelerator) -> dict[str, float]:
-    """Train with one remedy and one seed; returns the measurements, which the run's folder keeps."""
+    """Train with one remedy and one seed, unless the run's folder holds that; returns the measurements."""
     folder = output / f"{name.replace(' ', '-')}-{seed}"
-    if (folder / "metrics.json").exists():
-        return read_json(folder / "metrics.json")
     parts, recipe = split(cells, "clean", seed), REMEDIES[name]
     train, validation = (Examples(cells.images[part], cells.labels[part]) for part in (parts.train, parts.validation))
     if name == "SMOTE":
@@ -72,7 +69,6 @@ def run(cells: Cells, name: str, seed: int, output: Path, accelerator: Accelerat
     measured = metrics(answers, validation.labels.numpy())
     result = {"golgi_recall": measured["per_class"]["Golgi"]["recall"], "macro_f1": measured["macro_f1"]}
     result["accuracy"] = measured["accuracy"]
-    write_json(folder / "metrics.json", result)
     return result
 
 

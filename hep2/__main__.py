@@ -16,7 +16,6 @@ from hep2 import __version__
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES
 
 if TYPE_CHECKING:
-    from hep2.reader import Reader
     from hep2.weights import Weights
 
 
@@ -60,9 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         "trains and measures models on each of the four folds, and goes on where it was stopped",
     )
     evaluate.add_argument("--seed", type=int, help="of the split (default: the weights' own)")
-    evaluate.add_argument("--fold", type=int, help="0 to 3, of the protocol 'specimen' (default: the weights' own)")
+    evaluate.add_argument("--fold", type=int, help="0 to 3: measure weights that were trained on that fold")
     evaluate.add_argument("--output", type=Path, required=True, metavar="DIR", help="for metrics.json and the rest")
-    evaluate.add_argument("--recipe", default="tuned", help="for the four folds: see train.py (default: tuned)")
+    evaluate.add_argument("--recipe", help="for the four folds: see train.py (default: tuned)")
     evaluate.add_argument("--epochs", type=int, help="for the four folds, in place of the recipe's")
     add_weights_option(evaluate)
     evaluate.set_defaults(run=_evaluate)
@@ -91,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     phantoms.set_defaults(run=_phantoms)
 
     arguments = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no UTF-8 come out as they went in
     try:
         return arguments.run(arguments)
     except (ValueError, OSError) as error:
@@ -106,7 +106,7 @@ def add_weights_option(parser: argparse.ArgumentParser) -> None:
     """Let a command line name the weights to read with."""
     parser.add_argument(
         "--weights",
-        default=os.environ.get("HEP2_WEIGHTS"),
+        default=os.environ.get("HEP2_WEIGHTS") or None,
         metavar="NAME",
         help="OWNER/NAME[@revision] on the Hub or a folder (default: HEP2_WEIGHTS, else the bundled ones)",
     )
@@ -130,9 +130,9 @@ def _classify(arguments: argparse.Namespace) -> int:
         raise ValueError("give images or folders of images, or --dataset NAME, and not both")
     if arguments.output and (arguments.json or arguments.csv):
         raise ValueError("--output writes a table of its own: leave out --json and --csv")
-    reader = Reader(_open_weights(arguments.weights))
     if arguments.output:
-        return _classify_into(arguments, reader)
+        return _classify_into(arguments)
+    reader = Reader(_open_weights(arguments.weights))
     table = csv.writer(sys.stdout, lineterminator="\n")
     if arguments.csv:
         table.writerow(csv_header(reader.weights))
@@ -170,17 +170,22 @@ def _sources(arguments: argparse.Namespace) -> Iterator[tuple[str, Path | bytes]
     yield from ((file.name, file.image) for file in dataset_files(arguments.dataset))
 
 
-def _classify_into(arguments: argparse.Namespace, reader: "Reader") -> int:
+def _classify_into(arguments: argparse.Namespace) -> int:
     from accelerate import PartialState
+    from accelerate.utils import gather_object
 
-    from hep2.bulk import forget_failures, gather_parts, read_into
+    from hep2.bulk import find_images, forget_failures, gather_parts, read_into
+    from hep2.data import count_cells
+    from hep2.reader import Reader
 
-    state = PartialState()  # one process, or those of `accelerate launch`
+    # One process, or those of `accelerate launch`, each of which is given its card before the models go there.
+    state = PartialState()
+    reader = Reader(_open_weights(arguments.weights))
     if state.is_main_process:
         gather_parts(arguments.output, reader.weights)  # of a run that was killed
         forget_failures(arguments.output, reader.weights)
     state.wait_for_everyone()
-    total = sum(1 for _ in _sources(arguments))
+    total = count_cells(arguments.dataset) if arguments.dataset else sum(1 for _ in find_images(arguments.images))
     failed = read_into(
         reader,
         _sources(arguments),
@@ -189,14 +194,18 @@ def _classify_into(arguments: argparse.Namespace, reader: "Reader") -> int:
         process=state.process_index,
         processes=state.num_processes,
     )
-    state.wait_for_everyone()
+    failed = sum(gather_object([failed]))  # which waits for all
     if state.is_main_process:
         gather_parts(arguments.output, reader.weights)
-        print(f"{total:,} images are in {arguments.output}", file=sys.stderr)
-    if failed:
-        print(f"hep2: {failed:,} of them could not be read: see the column error", file=sys.stderr)
+        noun = "process" if state.num_processes == 1 else "processes"
+        print(f"{total:,} images are in {arguments.output}, read by {state.num_processes} {noun}", file=sys.stderr)
+        if failed:
+            print(f"hep2: {failed:,} of them could not be read: see the column error", file=sys.stderr)
+    # A process that ended with an error would take those along that are not done.
+    state.wait_for_everyone()
+    status = int(failed > 0 and state.is_main_process)
     state.destroy_process_group()
-    return int(failed > 0)
+    return status
 
 
 def _specimen(arguments: argparse.Namespace) -> int:
@@ -251,7 +260,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from hep2.pipeline import evaluate_weights
 
     if arguments.protocol == "specimen" and arguments.fold is None:
+        if arguments.weights != (os.environ.get("HEP2_WEIGHTS") or None):
+            raise ValueError(
+                "the protocol 'specimen' trains models of its own on each fold: leave out --weights, or name the "
+                "--fold that they were trained on"
+            )
         return _evaluate_specimens(arguments)
+    if arguments.recipe or arguments.epochs:
+        raise ValueError("--recipe and --epochs are for --protocol specimen, which trains: weights are measured as is")
     weights = _open_weights(arguments.weights)
     result = evaluate_weights(
         weights,
@@ -261,6 +277,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         fold=arguments.fold,
     )
+    if result["trained_on_fingerprint"] != result["dataset_fingerprint"]:
+        print(
+            "note: the weights were trained on another dataset (fingerprint "
+            f"{result['trained_on_fingerprint']}): whether they have seen some of these cells cannot be told\n"
+        )
     print(f"protocol {result['protocol']}, seed {result['seed']}, {result['test_size']:,} test cells\n")
     print(comparison_table(result["models"]))
     print(f"\n{result['refused']:.1%} of the cells would get no verdict; the figures count them all the same.")
@@ -278,7 +299,7 @@ def _evaluate_specimens(arguments: argparse.Namespace) -> int:
     accelerator = Accelerator(mixed_precision="bf16")
     changes = {} if arguments.epochs is None else {"epochs": arguments.epochs}
     cells, seed = load_cells(arguments.dataset), arguments.seed or 0
-    settings = {"recipe": arguments.recipe, "seed": seed, "changes": changes}
+    settings = {"recipe": arguments.recipe or "tuned", "seed": seed, "changes": changes}
     result = evaluate_specimens(cells, arguments.output, **settings, accelerator=accelerator)
     if accelerator.is_main_process:
         print(f"{specimens_table(result)}\n\nmetrics.json and a folder for each fold are in {arguments.output}")

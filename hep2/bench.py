@@ -54,31 +54,36 @@ PEAK = "; print(*(line for line in open('/proc/self/status') if line.startswith(
 def measure_speed(weights: Weights) -> dict:
     """Measure latency, bulk, memory and start of all four models and of their peers, and how near the limit bulk is.
 
+    All of it is measured on the device that the weights are on, but what a process does from its start on.
     Returns plain numbers: seconds, images a second, bytes, multiply-adds.
     """
     files = list(_files(BULK))
-    reader = Reader(weights)
+    reader, device = Reader(weights), weights.device
     peers = {name: make().eval() for name, make in PEERS.items()}
     with tempfile.TemporaryDirectory() as folder:
         alexnet = Path(folder) / "AlexNet.safetensors"
         save_file(peers["AlexNet"].state_dict(), alexnet)
+        peers = {name: model.to(device) for name, model in peers.items()}
         one = {"all four models": lambda: next(reader.read([("cell.png", files[0])]))}
         one |= {name: _peer_request(model, files[0]) for name, model in peers.items()}
-        one["AlexNet, loaded at every request"] = _loading_request(alexnet, files[0])
+        one["AlexNet, loaded at every request"] = _loading_request(alexnet, files[0], device)
         latency = {name: _percentiles(seconds) for name, seconds in interleaved(one, ROUNDS).items()}
     cells = torch.from_numpy(np.stack([load_cell(file).pixels for file in files]))
-    images = torch.rand(32, 3, PEER_SIZE, PEER_SIZE).contiguous(memory_format=torch.channels_last)
+    images = torch.rand(32, 3, PEER_SIZE, PEER_SIZE, device=device).contiguous(memory_format=torch.channels_last)
     bulk = {"all four models": lambda: predict(weights, cells)}
     bulk["all four models, from file bytes"] = lambda: list(reader.read((str(n), f) for n, f in enumerate(files)))
     bulk |= {name: _peer_batch(model, images) for name, model in peers.items()}
     counts = dict.fromkeys(bulk, len(files)) | dict.fromkeys(peers, len(images))
-    seconds = interleaved(bulk | {"matrix multiplication": _matrix_multiplication()}, BULK_ROUNDS)
+    seconds = interleaved(bulk | {"matrix multiplication": _matrix_multiplication(device)}, BULK_ROUNDS)
     best = {name: min(values) for name, values in seconds.items()}
     rate = MATRIX**3 / best["matrix multiplication"]
-    own = sum(multiply_adds(model, cells[:1]) for name, model in weights.models.items() if name != "ensemble")
+    own = sum(
+        multiply_adds(model, cells[:1].to(device)) for name, model in weights.models.items() if name != "ensemble"
+    )
     work = {"all four models": own} | {name: multiply_adds(model, images[:1]) for name, model in peers.items()}
     per_second = {name: counts[name] / best[name] for name in bulk}
     return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "latency": latency,
@@ -112,18 +117,20 @@ def _peer_input(file: bytes) -> Tensor:
 
 
 def _peer_request(model: nn.Module, file: bytes) -> Callable[[], Tensor]:
+    device = next(model.parameters()).device
+
     @torch.inference_mode()
     def request() -> Tensor:
-        return model(_peer_input(file)).softmax(1)
+        return model(_peer_input(file).to(device)).softmax(1).cpu()
 
     return request
 
 
-def _loading_request(path: Path, file: bytes) -> Callable[[], Tensor]:
+def _loading_request(path: Path, file: bytes, device: str) -> Callable[[], Tensor]:
     def request() -> Tensor:
         model = PEERS["AlexNet"]()
         model.load_state_dict(load_file(path))
-        return _peer_request(model.eval(), file)()
+        return _peer_request(model.eval().to(device), file)()
 
     return request
 
@@ -138,8 +145,8 @@ def _peer_batch(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
     return batch
 
 
-def _matrix_multiplication() -> Callable[[], Tensor]:
-    one, other = torch.rand(2, MATRIX, MATRIX)
+def _matrix_multiplication(device: str) -> Callable[[], Tensor]:
+    one, other = torch.rand(2, MATRIX, MATRIX, device=device)
     return lambda: one @ other
 
 
@@ -150,9 +157,16 @@ def interleaved(tasks: dict[str, Callable], rounds: int) -> dict[str, list[float
         for name, task in tasks.items():
             started = time.perf_counter()
             task()
+            _finish()
             if count:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def _finish() -> None:
+    """Wait for what a card has been given to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _percentiles(seconds: list[float]) -> dict[str, float]:
@@ -207,7 +221,7 @@ def measure_training(names: tuple[str, ...] = ("cnn", "rescnn", "vit"), batches:
     accelerator = Accelerator(mixed_precision="bf16")
     measured = {}
     for name in names:
-        recipe = replace(RECIPES["tuned"][name], epochs=1, specimen_supervision=False, class_balance="none")
+        recipe = replace(RECIPES["tuned"][name], epochs=1, finish=0.0, specimen_supervision=False)
         cells = load_cells(f"phantoms:{batches * recipe.batch_size // len(CLASS_NAMES)}")
         examples, model = Examples(cells.images, cells.labels), build_model(name)
         work = 3 * multiply_adds(model.eval(), cells.images[:1])
@@ -220,6 +234,7 @@ def measure_training(names: tuple[str, ...] = ("cnn", "rescnn", "vit"), batches:
         started = time.perf_counter()
         for part in cells.images.to(accelerator.device).split(recipe.batch_size):
             augment(part, recipe, generator)
+        _finish()
         augmenting = time.perf_counter() - started
         one, other = torch.rand(2, MATRIX, MATRIX, device=accelerator.device, dtype=torch.bfloat16)
         rate = MATRIX**3 / min(
@@ -237,7 +252,7 @@ def speed_tables(result: dict) -> str:
     """Set out what `python -m hep2 bench` measured, in Markdown."""
     resnet = {field: result[field]["resnet18"] for field in ("latency", "images_per_second")}
     lines = [
-        f"{result['threads']} threads, PyTorch {result['torch']}, matrix multiplication at "
+        f"{result['device']}, {result['threads']} threads, PyTorch {result['torch']}, matrix multiplication at "
         f"{result['matrix_multiply_adds_per_second'] / 1e9:.1f} G multiply-adds a second",
         "",
         "| one request, from file bytes to verdict | median, ms | 95th percentile, ms | beside resnet18 |",

@@ -3,6 +3,8 @@
 import csv
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from glob import escape
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,6 +12,9 @@ from tqdm import tqdm
 from hep2.imaging import SUFFIXES, ImageSource
 from hep2.reader import BATCH, Failure, Reader, csv_header, csv_row
 from hep2.weights import Weights
+
+# A file's name need not be UTF-8: its bytes go through a table and back as they are.
+_open = partial(open, newline="", encoding="utf-8", errors="surrogateescape")
 
 
 def find_images(paths: Iterable[str]) -> Iterator[str]:
@@ -33,16 +38,16 @@ def read_into(
     sources: Iterable[tuple[str, ImageSource]],
     output: Path,
     *,
-    total: int,
+    total: int | None = None,
     process: int = 0,
     processes: int = 1,
     progress: bool = True,
 ) -> int:
     """Read (name, image) pairs into the table `output`, and return how many could not be read.
 
-    What the table holds already is not read again, so that a run that was stopped goes on when it is started again.
-    Of several `processes` each reads its share into a table of its own beside `output`; see `gather_parts`, which one
-    of them must have called before.
+    `total` counts the pairs, for the progress bar. What the table holds already is not read again, so that a run that
+    was stopped goes on when it is started again. Of several `processes` each reads its share into a table of its own
+    beside `output`; see `gather_parts`, which one of them must have called before.
 
     Raises
     ------
@@ -64,8 +69,10 @@ def read_into(
             done.add(row["file"])
             failed += bool(row["error"]) and table == own
     own.parent.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=-(-total // processes), unit="cell", unit_scale=True, disable=not progress or process > 0)
-    with bar, open(own, "a", newline="", encoding="utf-8") as file:
+    bar = tqdm(
+        total=total and -(-total // processes), unit="cell", unit_scale=True, disable=not progress or process > 0
+    )
+    with bar, _open(own, "a") as file:
         table = csv.writer(file, lineterminator="\n")
         if file.tell() == 0:
             table.writerow(header)
@@ -90,7 +97,7 @@ def forget_failures(output: Path, weights: Weights) -> None:
         return
     _drop_torn_line(output)
     kept = output.with_name(f".{output.name}.kept")
-    with open(output, newline="", encoding="utf-8") as old, open(kept, "w", newline="", encoding="utf-8") as new:
+    with _open(output) as old, _open(kept, "w") as new:
         rows = (row for row in csv.reader(old) if not (row[error] and row[revision] == weights.revision))
         csv.writer(new, lineterminator="\n").writerows(rows)
     kept.replace(output)
@@ -113,7 +120,7 @@ def gather_parts(output: Path, weights: Weights) -> None:
         _check_ours(table, header)
         _drop_torn_line(table)
     whole = output.with_name(f".{output.name}.whole")
-    with open(whole, "w", newline="", encoding="utf-8") as file:
+    with _open(whole, "w") as file:
         writer, seen = csv.DictWriter(file, header, lineterminator="\n"), set()
         writer.writeheader()
         for table in tables:
@@ -126,7 +133,7 @@ def gather_parts(output: Path, weights: Weights) -> None:
 
 def parts_of(output: Path) -> list[Path]:
     """Return the tables that other processes write, or have left, beside `output`."""
-    return sorted(output.parent.glob(f"{output.name}.part-*"))
+    return sorted(output.parent.glob(f"{escape(output.name)}.part-*"))
 
 
 def _undone(sources: Iterable[tuple[str, ImageSource]], done: set[str], bar: tqdm) -> Iterator[tuple[str, ImageSource]]:
@@ -154,7 +161,7 @@ def _drop_torn_line(table: Path) -> None:
 def _is_ours(table: Path, header: Sequence[str]) -> bool:
     """Tell whether a file is a table of readings with this header, or the beginning of one."""
     expected = ",".join(header) + "\n"
-    with open(table, newline="", encoding="utf-8", errors="replace") as file:
+    with _open(table) as file:
         first = file.readline(len(expected))
     return first == expected or (not first.endswith("\n") and expected.startswith(first))
 
@@ -166,5 +173,5 @@ def _check_ours(table: Path, header: Sequence[str]) -> None:
 
 def _rows(table: Path) -> Iterator[dict[str, str]]:
     if table.exists():
-        with open(table, newline="", encoding="utf-8") as file:
+        with _open(table) as file:
             yield from csv.DictReader(file)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 from hep2.imaging import ImageSource, prepare, read_intensity
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET
 from hep2.phantoms import phantom_files
+
+if TYPE_CHECKING:
+    import datasets
 
 PROTOCOLS = ("paper", "clean", "specimen")
 FOLDS = 4
@@ -84,31 +87,55 @@ class CellFile(NamedTuple):
 
 def dataset_files(dataset: str | Path) -> Iterator[CellFile]:
     """Yield all cells of a dataset as they were published. Takes and raises what `load_cells` does."""
-    name, _, count = str(dataset).partition(":")
-    if name == "phantoms":
-        if count and not count.isdecimal():
-            raise ValueError(f"{dataset!r}: give 'phantoms' or 'phantoms:COUNT', a count of cells for each pattern")
-        yield from (CellFile(*file) for file in phantom_files(int(count or PHANTOMS_A_CLASS)))
+    if str(dataset).partition(":")[0] == "phantoms":
+        yield from (CellFile(*file) for file in phantom_files(_phantoms_a_class(dataset)))
         return
     import datasets  # slow to import, and idle when phantoms are enough
 
+    names = set()
+    for part, rows in _parts(dataset).items():
+        if not {"image", "label"} <= set(rows.column_names):
+            raise ValueError(f"dataset {str(dataset)!r} has the columns {rows.column_names}; expected image and label")
+        if not isinstance(rows.features["label"], datasets.ClassLabel):
+            raise ValueError(f"dataset {str(dataset)!r} has labels without names; make the column a ClassLabel")
+        classes = rows.features["label"].names
+        if sorted(classes) != sorted(CLASS_NAMES):
+            raise ValueError(f"dataset {str(dataset)!r} has the classes {classes}; expected {list(CLASS_NAMES)}")
+        for number, row in enumerate(rows.cast_column("image", datasets.Image(decode=False))):
+            # Parquet files hold the bytes, and may hold no name; a folder of images holds paths.
+            image = row["image"]
+            name = Path(image["path"] or "").name
+            # A cell is known by its name: one that has none, or another's, is called by its place.
+            if not name or name in names:
+                name = f"{part}-{number:06}" + (f"-{name}" if name else "")
+            names.add(name)
+            yield CellFile(name, image["bytes"] or image["path"], classes[row["label"]], str(part))
+
+
+def count_cells(dataset: str | Path) -> int:
+    """Count the cells of a dataset without looking at them. Takes and raises what `load_cells` does."""
+    if str(dataset).partition(":")[0] == "phantoms":
+        return _phantoms_a_class(dataset) * len(CLASS_NAMES)
+    return sum(rows.num_rows for rows in _parts(dataset).values())
+
+
+def _parts(dataset: str | Path) -> "datasets.DatasetDict":
+    import datasets
+
     try:
-        parts = datasets.load_dataset(str(dataset))
+        return datasets.load_dataset(str(dataset))
     except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise FileNotFoundError(
             f"dataset {str(dataset)!r} was not found ({error}); give a Hub dataset's OWNER/NAME, a local folder in the "
             "same layout, or 'phantoms'"
         ) from error
-    for part, rows in parts.items():
-        if not {"image", "label"} <= set(rows.column_names):
-            raise ValueError(f"dataset {str(dataset)!r} has the columns {rows.column_names}; expected image and label")
-        classes = rows.features["label"].names
-        if sorted(classes) != sorted(CLASS_NAMES):
-            raise ValueError(f"dataset {str(dataset)!r} has the classes {classes}; expected {list(CLASS_NAMES)}")
-        for row in rows.cast_column("image", datasets.Image(decode=False)):
-            # Parquet files hold the bytes; a folder of images holds paths.
-            image = row["image"]
-            yield CellFile(Path(image["path"]).name, image["bytes"] or image["path"], classes[row["label"]], str(part))
+
+
+def _phantoms_a_class(dataset: str | Path) -> int:
+    count = str(dataset).partition(":")[2]
+    if count and not count.isdecimal():
+        raise ValueError(f"{dataset!r}: give 'phantoms' or 'phantoms:COUNT', a count of cells for each pattern")
+    return int(count or PHANTOMS_A_CLASS)
 
 
 def cells_from_files(files: Iterable[CellFile], source: str) -> Cells:

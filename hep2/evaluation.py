@@ -142,18 +142,28 @@ def draw_reliability(result: dict, title: str) -> Figure:
     return figure
 
 
-def draw_curves(history: list[dict], title: str) -> Figure:
-    """Draw loss and accuracy over the epochs of one training run, from the records of its log."""
+def draw_curves(history: list[dict], title: str, train_label: str = "train") -> Figure:
+    """Draw loss and accuracy over the epochs of one training run, from the records of its log.
+
+    `train_label` says what was measured in training, where that is something else than in validation.
+    """
     epochs = [record["epoch"] for record in history]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     figure.suptitle(title)
+    labels = {"train": train_label, "validation": "validation"}
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for part, colour in (("train", "#E69F00"), ("validation", "#0072B2")):
-            axes.plot(epochs, [record[f"{part}_{quantity}"] for record in history], color=colour, label=part)
+            axes.plot(epochs, [record[f"{part}_{quantity}"] for record in history], color=colour, label=labels[part])
         axes.set(xlabel="epoch", ylabel=quantity)
         axes.grid(alpha=0.3)
         axes.legend()
     return figure
+
+
+def train_label(training: dict) -> str:
+    """Say what a model's log calls its accuracy in training: under specimen supervision every specimen is a class."""
+    supervised = training.get("settings", {}).get("specimen_supervision")
+    return "train, specimens told apart" if supervised else "train"
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
@@ -40,10 +41,10 @@ def open_weights(name: str | Path | None = None) -> Weights:
     ValueError
         If what was found does not fit this version; see `hep2.weights.load_weights`.
     """
-    if name is None or Path(name).is_dir() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+    repository = str(name).partition("@")[0]
+    if name is None or Path(name).is_dir() or repository.count("/") != 1 or repository.startswith((".", "/", "~")):
         return load_weights(BUNDLED if name is None else name)
     folder, notes = pull(str(name))
-    repository = str(name).partition("@")[0]
     return load_weights(folder, source=repository, revision=folder.name, notes=notes)
 
 
@@ -56,7 +57,8 @@ def pull(name: str) -> tuple[Path, tuple[str, ...]]:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=READ)), ()
     except (RepositoryNotFoundError, GatedRepoError) as error:
         raise FileNotFoundError(
-            f"{repository} is not on the Hub, or is private: check the name, give a token (HF_TOKEN), or {instead}"
+            f"{repository} is no folder here, and is not on the Hub, or is private: check the name, give a token "
+            f"(HF_TOKEN), or {instead}"
         ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{repository} has no revision {revision!r}: check it, or {instead}") from error
@@ -93,8 +95,11 @@ def stage(run: Path, destination: Path, repository: str, examples: dict[str, tup
     Raises what `load_weights` raises, and FileNotFoundError if the run was not measured: only whole runs travel.
     """
     weights = load_weights(run)
+    again = "measure the run with `python -m hep2 evaluate`"
     if not weights.metrics:
-        raise FileNotFoundError(f"{run / 'metrics.json'} is missing: measure the run with `python -m hep2 evaluate`")
+        raise FileNotFoundError(f"{run / 'metrics.json'} is missing: {again}")
+    if weights.metrics["revision"] != weights.revision or set(weights.metrics["models"]) != set(weights.models):
+        raise ValueError(f"{run / 'metrics.json'} is not of these four models as they are now: {again}")
     for pattern in WRITTEN:
         for path in sorted(run.glob(pattern)):
             target = destination / path.relative_to(run)
@@ -118,6 +123,8 @@ def push(
 ) -> str:
     """Send a training run to the Hub in one commit, tag it with the version, and return the commit.
 
+    A tag of that version moves here from an earlier push.
+
     Raises
     ------
     ConnectionError
@@ -128,8 +135,13 @@ def push(
         stage(run, Path(folder), repository, examples)
         try:
             api.create_repo(repository, private=private, exist_ok=True)
-            commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"hep2 {version}")
-            api.create_tag(repository, tag=f"v{version}", revision=commit.oid, exist_ok=True)
+            # What an earlier push has left goes: its held-out cells may be among those that this run was trained on.
+            commit = api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message=f"hep2 {version}", delete_patterns=WRITTEN
+            )
+            with suppress(RevisionNotFoundError):
+                api.delete_tag(repository, tag=f"v{version}")
+            api.create_tag(repository, tag=f"v{version}", revision=commit.oid)
         except (HfHubHTTPError, HFValidationError, httpx2.HTTPError, OSError) as error:
             raise ConnectionError(
                 f"the push to {repository} failed ({error}); the run is whole in {run}: push it again with "

@@ -20,6 +20,7 @@ from hep2.evaluation import (
     fit_temperature,
     metrics,
     save_figure,
+    train_label,
 )
 from hep2.imaging import read_intensity
 from hep2.models import MODELS, SpecimenSupervision, StackEnsemble, build_model
@@ -115,7 +116,7 @@ def specimens_of(cells: Cells, positions: np.ndarray) -> tuple[torch.Tensor, tor
 def _train_ensemble(
     cells: Cells, parts: Split, output: Path, settings: Recipe, origin: dict, accelerator: Accelerator, progress: bool
 ) -> None:
-    members = load_weights(output, StackEnsemble.member_names)
+    members = load_weights(output, StackEnsemble.member_names, with_refusal=False)
     for name in StackEnsemble.member_names:
         trained = members.configs[name]["training"]
         for key in ("dataset_fingerprint", "protocol", "seed", "fold"):
@@ -159,7 +160,7 @@ def train_refusal(cells: Cells, parts: Split, output: Path, origin: dict) -> Non
     members = tuple(name for name in MODELS if name != "ensemble" and (output / name / "config.json").exists())
     if refusal_fits(output, members, origin):
         return
-    weights = load_weights(output, members)
+    weights = load_weights(output, members, with_refusal=False)
 
     @torch.inference_mode()
     def features_of(images: torch.Tensor) -> torch.Tensor:
@@ -192,7 +193,8 @@ def _save(
         "seconds": round(sum(record["seconds"] for record in history)),
     }
     save_model(output, name, model, training=training, temperature=temperature, metrics=last)
-    save_figure(draw_curves(history, MODEL_TITLES[name]), output / name / "curves.png")
+    curves = draw_curves(history, MODEL_TITLES[name], train_label(training))
+    save_figure(curves, output / name / "curves.png")
 
 
 def evaluate_weights(
@@ -214,7 +216,7 @@ def evaluate_weights(
     ValueError
         If any test cell was among the cells that the weights were trained, calibrated or stacked on.
     """
-    trained = weights.configs["cnn" if "cnn" in weights.configs else next(iter(weights.configs))]["training"]
+    trained = _trained(weights)
     protocol = trained["protocol"] if protocol is None else protocol
     seed = trained["seed"] if seed is None else seed
     fold = (trained["fold"] or 0) if fold is None else fold
@@ -229,6 +231,7 @@ def evaluate_weights(
         "test_size": len(test),
         "dataset": cells.source,
         "dataset_fingerprint": cells.fingerprint,
+        "trained_on_fingerprint": trained["dataset_fingerprint"],
         "revision": weights.revision,
         # Measured over all cells, those that would get no verdict among them.
         "models": {name: metrics(values, labels) for name, values in answers.items()},
@@ -238,7 +241,6 @@ def evaluate_weights(
     if (output / "specimen" / "metrics.json").exists():
         result["specimen"] = read_json(output / "specimen" / "metrics.json")
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "metrics.json", result)
     names = [cells.names[position] for position in test]
     text = predictions_csv(names, [CLASS_NAMES[label] for label in labels], answers)
     write_atomically(output / "predictions.csv", text.encode())
@@ -246,13 +248,13 @@ def evaluate_weights(
         title = f"{MODEL_TITLES[name]}, {protocol} protocol, {len(test):,} test cells"
         save_figure(draw_confusion(measured, title), output / f"confusion_{name}.png")
         save_figure(draw_reliability(measured, MODEL_TITLES[name]), output / f"reliability_{name}.png")
+    write_json(output / "metrics.json", result)  # last: where it lies, the rest lies too
     return result
 
 
 def stress_weights(weights: Weights, cells: Cells, dataset: str | Path) -> dict:
     """Measure weights on spoilt cells of the test part of their own split, and on images that are no cells."""
-    test, trained = _own_test(weights, cells), weights.configs["ensemble"]["training"]
-    check_unseen(weights, cells, test)
+    test, trained = _own_test(weights, cells), _trained(weights)
     wanted = {cells.names[position]: int(cells.labels[position]) for position in test}
     published = [file for file in dataset_files(dataset) if file.name in wanted]
     images = [read_intensity(file.image)[0] for file in published]
@@ -268,17 +270,29 @@ def stress_weights(weights: Weights, cells: Cells, dataset: str | Path) -> dict:
 
 
 def _own_test(weights: Weights, cells: Cells) -> np.ndarray:
-    """Return the positions of the test part of the split that the weights were trained by."""
-    trained = weights.configs["ensemble"]["training"]
-    return split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0).test
+    """Return the positions of the test part of the split that the weights were trained by, or raise ValueError."""
+    trained = _trained(weights)
+    if trained["dataset_fingerprint"] != cells.fingerprint:
+        raise ValueError(
+            f"the weights were trained on {trained['dataset']} (fingerprint {trained['dataset_fingerprint']}), and "
+            f"which cells of {cells.source} (fingerprint {cells.fingerprint}) they have not seen cannot be told: "
+            "give the whole of that dataset"
+        )
+    test = split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0).test
+    check_unseen(weights, cells, test)
+    return test
+
+
+def _trained(weights: Weights) -> dict:
+    """Return how the weights were trained, of the ensemble's members if they are there."""
+    return weights.configs["cnn" if "cnn" in weights.configs else next(iter(weights.configs))]["training"]
 
 
 def held_out_examples(
     weights: Weights, cells: Cells, dataset: str | Path, per_class: int = 5
 ) -> dict[str, tuple[str, bytes]]:
     """Draw cells of each class from the test part of the weights' own split: file name to class name and PNG bytes."""
-    test, trained = _own_test(weights, cells), weights.configs["ensemble"]["training"]
-    random = np.random.default_rng(trained["seed"])
+    test, random = _own_test(weights, cells), np.random.default_rng(_trained(weights)["seed"])
     chosen = [
         random.permutation(test[cells.labels.numpy()[test] == label])[:per_class] for label in range(len(CLASS_NAMES))
     ]
@@ -294,7 +308,10 @@ def held_out_examples(
 
 
 def check_unseen(weights: Weights, cells: Cells, test: np.ndarray) -> None:
-    """Raise ValueError if the weights have seen any of the `test` positions, in training or in choosing."""
+    """Raise ValueError if the weights have seen any of the `test` positions, in training or in choosing.
+
+    Of another dataset than theirs that cannot be told.
+    """
     for name, config in weights.configs.items():
         trained = config["training"]
         if trained["dataset_fingerprint"] != cells.fingerprint:

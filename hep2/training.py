@@ -1,11 +1,13 @@
 """Recipes and the one loop that trains any model on tensors: it knows no model and no dataset."""
 
+import hashlib
 import io
 import json
 import math
 import os
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -59,6 +61,11 @@ class Recipe:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {allowed}")
+        for name in ("share", "finish", "cutmix", "style_mixing", "warm_up", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: give a share between 0 and 1")
+        if self.focal and self.class_balance == "weights":
+            raise ValueError("focal and class_balance='weights' both weigh the loss: choose one")
         if self.epochs < 1 or self.batch_size < 2 or self.learning_rate <= 0:
             raise ValueError(
                 f"epochs, batch_size (2 or more, for batch norm) and learning_rate must be positive: {self}"
@@ -142,6 +149,8 @@ class _Run:
     ) -> None:
         self.identity = _identity(model, train, validation, recipe, seed, accelerator)
         self.recipe, self.directory, self.seed, self.accelerator = recipe, directory, seed, accelerator
+        # Accelerate changes a model's forward pass for good: this one measures in full precision.
+        self.measured = deepcopy(model).to(accelerator.device)
         # Convolutions run about a third faster with the channels last, on CPUs and GPUs alike.
         self.model = model.to(accelerator.device, memory_format=torch.channels_last)
         self.train, self.validation = (
@@ -208,7 +217,8 @@ class _Run:
     def record(self, totals: Tensor, rate: float, seconds: float) -> None:
         """Measure the weights that would be kept, and note the epoch."""
         kept = self.model if self.averaged is None else self.averaged.module
-        loss, accuracy = broadcast(torch.stack(loss_and_accuracy(kept, self.validation))).tolist()
+        self.measured.load_state_dict(kept.state_dict())
+        loss, accuracy = broadcast(torch.stack(loss_and_accuracy(self.measured, self.validation))).tolist()
         self.state["epoch"] += 1
         self.state["history"].append(
             {
@@ -275,17 +285,23 @@ def _identity(
 ) -> dict:
     """Return what must be the same for a run to go on: all that decides its steps."""
     # Under a constant rate the number of epochs changes no step: such a run can be made longer.
-    same_path = {"epochs"} if recipe.schedule == "constant" else set()
+    same_path = {"epochs"} if recipe.schedule == "constant" and not recipe.finish else set()
     default = {field.name: field.default for field in fields(Recipe)}
     changed = {key: value for key, value in asdict(recipe).items() if value != default[key]}
     return {
         "recipe": {key: value for key, value in changed.items() if key not in same_path},
         "seed": seed,
         "model": repr(model),
-        "examples": [len(train.labels), len(validation.labels), int(train.labels.sum()), float(train.inputs.mean())],
+        "examples": [_content(train), _content(validation)],
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }
+
+
+def _content(examples: Examples) -> str:
+    digest = hashlib.sha256(examples.inputs.contiguous().numpy().tobytes())
+    digest.update(examples.labels.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hep2.evaluation import draw_curves, draw_reliability
+from hep2.evaluation import draw_curves, draw_reliability, train_label
 from hep2.fields import CellReading, SpecimenReading, colour_of
 from hep2.patterns import CLASS_NAMES, ICAP_URL, MODEL_TITLES, PATTERNS, SOURCE_RESULTS
 from hep2.reader import Explanation, Failure, Reading
@@ -262,7 +262,7 @@ def _details(weights: Weights, name: str) -> str:
             f"{title}: loss and accuracy over {last['epoch']} epochs, "
             f"validation accuracy {last['validation_accuracy']:.4f} at the end"
         )
-        figures += _plate(draw_curves(history, title), alt)
+        figures += _plate(draw_curves(history, title, train_label(weights.configs[name]["training"])), alt)
     opened = " open" if name == "ensemble" else ""
     return f"<details{opened}><summary>{title}, class by class</summary>{tables}<div>{figures}</div></details>"
 

@@ -129,8 +129,11 @@ def load_weights(
     source: str | None = None,
     revision: str | None = None,
     notes: tuple[str, ...] = (),
+    with_refusal: bool = True,
 ) -> Weights:
     """Load the named models strictly, with the ensemble its members, and the refusal if it and its members are there.
+
+    `with_refusal=False` leaves the refusal alone, which may belong to other members where some are being trained.
 
     Raises
     ------
@@ -163,7 +166,9 @@ def load_weights(
             _load_tensors(models[name], path)
             fold_batch_norm(models[name].eval()).to(memory_format=torch.channels_last)
         models[name].eval()
-    refusal = _load_refusal(folder / "refusal", models) if (folder / "refusal").is_dir() else None
+    refusal = None
+    if with_refusal and (folder / "refusal").is_dir():
+        refusal = _load_refusal(folder / "refusal", models)
     if refusal is None and "ensemble" in models:
         notes += ("these weights give every image a verdict: they were not taught what is no cell",)
     metrics_path = folder / "metrics.json"

@@ -111,6 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
             operation = json.loads(line)
             if operation["key"] == "file":
                 files[operation["value"]["path"]] = base64.b64decode(operation["value"]["content"])
+            elif operation["key"] == "deletedFile":
+                del files[operation["value"]["path"]]
         commit = repository.commit(files)
         url = f"http://{self.headers['Host']}/{name}/commit/{commit}"
         self.answer(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
@@ -122,6 +124,16 @@ class _Handler(BaseHTTPRequestHandler):
             return
         repository.refs[tag] = repository.files(revision)[0]
         self.answer(200, {})
+
+    def do_DELETE(self) -> None:
+        self.server.requests.append(("DELETE", self.path))
+        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tag/(.+)", self.path)
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.answer(401, {"error": "Invalid credentials in Authorization header"})
+        elif match and self.server.repositories[match[1]].refs.pop(unquote(match[2]), None):
+            self.answer(200, {})
+        else:
+            self.answer(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
 
     def do_HEAD(self) -> None:
         self.do_GET()

@@ -1,4 +1,5 @@
 import csv
+import os
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,19 @@ def test_read_into_takes_no_foreign_table(reader, folder, tmp_path):
         read_into(reader, sources(folder), table, total=11, progress=False)
 
 
+def test_a_name_that_is_no_utf_8_goes_through_a_table_and_back(reader, folder, tmp_path):
+    odd = shutil.copytree(folder, tmp_path / "cells") / os.fsdecode(b"Z\xfcrich.png")
+    shutil.copy(folder / "slide 0" / "0.png", odd)
+    table = tmp_path / "run[1].csv"
+    for process in range(2):
+        read_into(reader, sources(odd.parent), table, process=process, processes=2, progress=False)
+    gather_parts(table, reader.weights)
+    assert os.fsencode(odd) in table.read_bytes()
+    before = table.read_bytes()
+    read_into(reader, sources(odd.parent), table, progress=False)
+    assert table.read_bytes() == before
+
+
 def test_classify_reads_a_folder_or_a_dataset_into_a_table(folder, untrained, tmp_path, capsys):
     table, folder = tmp_path / "out" / "table.csv", shutil.copytree(folder, tmp_path / "cells")
     assert main(["classify", str(folder), "--weights", str(untrained), "--output", str(table)]) == 1
@@ -139,9 +153,12 @@ def test_classify_reads_a_folder_or_a_dataset_into_a_table(folder, untrained, tm
 
 def test_classify_over_two_processes(folder, untrained, tmp_path):
     table = tmp_path / "table.csv"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "hep2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "-m", "hep2"]
     command = [*launch, "classify", str(folder), "--weights", str(untrained), "--output", str(table)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert "11 images are in" in result.stderr
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert f"11 images are in {table}, read by 2 processes" in result.stderr
+    assert "1 of them could not be read" in result.stderr
     assert len(rows_of(table)) == 11
     assert list(tmp_path.iterdir()) == [table]

@@ -100,6 +100,21 @@ def test_train_and_evaluate_from_phantoms_to_a_verdict(images, tmp_path, capsys)
     result = json.loads((run / "metrics.json").read_text())
     assert (result["protocol"], result["seed"], result["test_size"]) == ("clean", 0, 36)
     assert list(result["models"]) == list(MODELS)
+    # One model alone, measured again, takes no figure from the others.
+    AcceleratorState._reset_state(True)
+    assert train.main([*arguments, "--models", "cnn"]) == 0
+    assert json.loads((run / "metrics.json").read_text()) == result
+    # A member that is trained anew is another run to the stack, until that is deleted too.
+    for name in ("checkpoint.pt", "log.jsonl"):
+        (run / "cnn" / name).unlink()
+    AcceleratorState._reset_state(True)
+    again = [*arguments[:2], "--epochs", "2", *arguments[4:]]
+    assert train.main([*again, "--models", "cnn"]) == 1
+    assert "train the ensemble again on these members" in capsys.readouterr().err
+    shutil.rmtree(run / "ensemble")
+    AcceleratorState._reset_state(True)
+    assert train.main([*again, "--models", "cnn", "ensemble"]) == 0
+    result = json.loads((run / "metrics.json").read_text())
     rows = list(csv.DictReader((run / "predictions.csv").read_text().splitlines()))
     assert len(rows) == 36
     right = sum(row["label"] == row["ensemble_verdict"] for row in rows)
@@ -124,6 +139,14 @@ def test_evaluate_refuses_cells_that_the_weights_have_seen(tmp_path, capsys):
             evaluate_weights(weights, cells, tmp_path / "out", **other)
     assert not (tmp_path / "out").exists()
     assert evaluate_weights(weights, cells, tmp_path / "out")["test_size"] == 18
+
+
+def test_evaluate_takes_no_options_that_do_not_apply(untrained, tmp_path, capsys):
+    output = ["--dataset", "phantoms:20", "--output", str(tmp_path / "out")]
+    assert main(["evaluate", *output, "--protocol", "specimen", "--weights", str(untrained)]) == 1
+    assert "leave out --weights, or name the --fold" in capsys.readouterr().err
+    assert main(["evaluate", *output, "--epochs", "3"]) == 1
+    assert "--recipe and --epochs are for --protocol specimen" in capsys.readouterr().err
 
 
 def test_train_of_a_bad_dataset_or_directory_says_so_and_exits_1(tmp_path, capsys):

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -6,7 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from hep2.data import Cells, audit, blocks_of, load_cells, specimen_blocks, split, unique_cells
+from hep2.data import (
+    Cells,
+    audit,
+    blocks_of,
+    count_cells,
+    dataset_files,
+    load_cells,
+    specimen_blocks,
+    split,
+    unique_cells,
+)
 from hep2.patterns import CELLS_IN_DATASET, CLASS_NAMES
 from hep2.phantoms import phantom_files
 
@@ -132,6 +143,32 @@ def test_load_cells_rejects_other_classes_and_columns(tmp_path):
         load_cells(local_dataset(tmp_path / "a", names=("a", "b", "c", "d", "e", "f")))
     with pytest.raises(ValueError, match="has the columns"):
         load_cells(local_dataset(tmp_path / "b", column="picture"))
+
+
+def test_dataset_files_names_every_cell_once_and_counts_them(tmp_path):
+    folder = local_dataset(tmp_path / "whole")
+    assert count_cells(folder) == count_cells("phantoms:2") == 12
+    # One image came without a name, and two parts share one.
+    for part in ("train", "test"):
+        path = next((folder / "data").glob(f"{part}-*"))
+        rows = datasets.Dataset.from_parquet(str(path)).cast_column("image", datasets.Image(decode=False)).to_list()
+        for number, row in enumerate(rows):
+            name = None if part == "train" and number == 0 else f"{number}.png"
+            row["image"] = {"bytes": Path(row["image"]["path"]).read_bytes(), "path": name}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASS_NAMES))})
+        datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    names = [file.name for file in dataset_files(folder)]
+    assert len(set(names)) == len(names) == 12
+    assert {"train-000000", "1.png", "test-000001-1.png"} <= set(names)
+
+
+def test_load_cells_wants_labels_with_names(tmp_path):
+    rows = {"image": [np.zeros((8, 8), np.uint8)], "label": [0]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="labels without names; make the column a ClassLabel"):
+        load_cells(tmp_path)
 
 
 def test_load_cells_of_a_missing_folder_says_what_to_give(tmp_path):

@@ -45,7 +45,7 @@ def run(untrained, tmp_path_factory):
     one = {"accuracy": 0.91234, "mean_class_accuracy": 0.8, "macro_f1": 0.7, "ece": 0.1}
     models = {name: one | {"per_class": dict.fromkeys(classes, result)} for name in MODELS}
     metrics = {"protocol": "clean", "seed": 0, "test_size": 18, "dataset": "phantoms", "models": models}
-    write_json(folder / "metrics.json", metrics)
+    write_json(folder / "metrics.json", metrics | {"revision": load_weights(folder).revision})
     (folder / "cnn" / "checkpoint.pt").write_bytes(b"a pickle")
     (folder / "cnn" / "log.jsonl").write_text("{}\n")
     return folder
@@ -104,6 +104,22 @@ def test_push_again_makes_another_commit_and_keeps_the_first_tag(hub, run):
     assert pull(f"{NAME}@{second}")[0].name == pull(NAME)[0].name == second
 
 
+def test_push_of_a_version_again_moves_its_tag_and_leaves_no_old_cell(hub, run):
+    first = push(run, NAME, version="1.0.0", examples=EXAMPLES)
+    second = push(run, NAME, version="1.0.0", examples={"00002.png": ("NuMem", b"\x89PNG another")})
+    repository = hub.repositories[NAME]
+    assert repository.refs["v1.0.0"] == repository.refs["main"] == second != first
+    before, after = (set(repository.commits[commit]) for commit in (first, second))
+    assert before - after == {"examples/Golgi/00001.png"}
+    assert after - before == {"examples/NuMem/00002.png"}
+
+
+def test_open_weights_takes_a_revision_with_slashes(hub, run):
+    push(run, NAME, version="1.0.0")
+    with pytest.raises(FileNotFoundError, match="has no revision 'refs/pr/1'"):
+        open_weights(f"{NAME}@refs/pr/1")
+
+
 def test_open_weights_pulls_and_says_source_and_commit(hub, run):
     commit = push(run, NAME, version="1.0.0")
     weights = open_weights(f"{NAME}@v1.0.0")
@@ -139,7 +155,7 @@ def test_open_weights_names_what_was_tampered_with(file, content, message, hub, 
 
 
 def test_pull_of_what_does_not_exist_says_so(hub, run):
-    with pytest.raises(FileNotFoundError, match="lab/nothing is not on the Hub, or is private"):
+    with pytest.raises(FileNotFoundError, match="lab/nothing is no folder here, and is not on the Hub, or is private"):
         open_weights("lab/nothing")
     push(run, NAME, version="1.0.0")
     with pytest.raises(FileNotFoundError, match="has no revision 'v9'"):
@@ -217,9 +233,14 @@ def test_stage_writes_a_card_that_the_hub_can_read(run, tmp_path):
     assert not list((tmp_path / "staged").rglob("*.pt"))
 
 
-def test_stage_refuses_a_run_that_was_not_measured(untrained, tmp_path):
+def test_stage_refuses_a_run_that_was_not_measured_as_it_is(untrained, run, tmp_path):
     with pytest.raises(FileNotFoundError, match="measure the run"):
         stage(untrained, tmp_path / "staged", NAME)
+    other = shutil.copytree(run, tmp_path / "other")
+    for spoil in ({"revision": "another"}, {"models": {"cnn": {}}}):
+        write_json(other / "metrics.json", load_weights(run).metrics | spoil)
+        with pytest.raises(ValueError, match="not of these four models as they are now: measure the run"):
+            stage(other, tmp_path / "staged", NAME)
 
 
 def test_train_push_serve_and_classify(hub, tmp_path, capsys):

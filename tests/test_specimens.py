@@ -65,6 +65,10 @@ def test_evaluate_specimens_trains_every_fold_once_and_goes_on(cells, tmp_path, 
     assert sum(row["support"] for row in result["models"]["cnn"]["per_class"].values()) == len(cells)
     assert result["blocks"]["cnn"]["total"] == 73
     assert "specimens right" in specimens_table(result)
+    # Killed while it measures a fold, it measures that fold again.
+    (tmp_path / "fold-1" / "metrics.json").unlink()
+    (tmp_path / "fold-1" / "predictions.csv").write_text("file,label\n")
+    assert evaluate_specimens(cells, tmp_path, **options) == result
     # A second call finds everything done.
     monkeypatch.setattr("hep2.specimens.evaluate_weights", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr("hep2.training._Run.train_epoch", lambda *_: pytest.fail("trained again"))

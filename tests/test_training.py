@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import ROOT
 from torch import nn
 
@@ -108,6 +109,33 @@ def test_fit_under_a_constant_rate_can_be_made_longer(phantoms, tmp_path):
         run(phantoms, tmp_path / "cycle", replace(RECIPE, schedule="one-cycle"))
 
 
+def test_fit_takes_no_other_examples_for_those_it_has_seen(phantoms, tmp_path):
+    # As two members' probabilities for the stack are: other rows, of the same number and mean.
+    recipe = replace(RECIPE, augmentation="none", epochs=1)
+    inputs, labels = torch.rand(24, 12), torch.arange(24) % 6
+    model = nn.Sequential(nn.Linear(12, 6))
+    options = {"directory": tmp_path, "seed": 0, "accelerator": Accelerator(), "progress": False}
+    fit(model, Examples(inputs, labels), Examples(inputs, labels), recipe, **options)
+    other = inputs.roll(1, dims=1)
+    with pytest.raises(ValueError, match="another run \\(another examples\\)"):
+        fit(model, Examples(other, labels), Examples(other, labels), recipe, **options)
+
+
+def test_fit_measures_in_full_precision_whatever_it_trains_in(phantoms, tmp_path):
+    model = small_model()
+    model(phantoms.images[:2])
+    train, validation = examples(phantoms, 0, 2), examples(phantoms, 1, 2)
+    recipe = replace(RECIPE, epochs=1, ema_decay=None)
+    AcceleratorState._reset_state(True)
+    options = {"directory": tmp_path, "seed": 0, "progress": False}
+    history = fit(
+        model, train, validation, recipe, accelerator=Accelerator(cpu=True, mixed_precision="bf16"), **options
+    )
+    AcceleratorState._reset_state(True)
+    loss = nn.functional.cross_entropy(model.eval()(validation.inputs), validation.labels).item()
+    assert history[0]["validation_loss"] == pytest.approx(loss, abs=1e-5)
+
+
 def test_fit_refuses_a_directory_of_another_run(phantoms, tmp_path):
     run(phantoms, tmp_path)
     with pytest.raises(ValueError, match="another run \\(another seed\\)"):
@@ -183,7 +211,18 @@ def test_recipes_name_every_model_and_the_paper_recipe_is_the_sources():
         )
 
 
-@pytest.mark.parametrize("change", [{"optimizer": "adam"}, {"epochs": 0}, {"batch_size": 1}, {"learning_rate": 0.0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": "adam"},
+        {"epochs": 0},
+        {"batch_size": 1},
+        {"learning_rate": 0.0},
+        {"share": 1.5},
+        {"finish": -0.1},
+        {"focal": 2.0, "class_balance": "weights"},
+    ],
+)
 def test_recipe_refuses_values_that_do_not_fit(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         replace(RECIPE, **change)
