@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     _add_dataset(evaluate)
     evaluate.add_argument(
         "--protocol",
-        help="paper, clean or specimen (default: the one the weights were trained with); specimen without --fold "
+        choices=("paper", "clean", "specimen"),
+        help="how the cells are divided (default: as the weights were trained with); specimen without --fold "
         "trains and measures models on each of the four folds, and goes on where it was stopped",
     )
     evaluate.add_argument("--seed", type=int, help="of the split (default: the weights' own)")
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     phantoms = commands.add_parser("phantoms", help="make synthetic cells")
     phantoms.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets a folder for each pattern")
     phantoms.add_argument("--count", type=int, default=5, help="cells of each pattern (default: 5)")
-    phantoms.add_argument("--seed", type=int, default=0)
+    phantoms.add_argument("--seed", type=int, default=0, help="the same seed makes the same cells (default: 0)")
     phantoms.set_defaults(run=_phantoms)
 
     arguments = parser.parse_args(argv)
