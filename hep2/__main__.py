@@ -173,14 +173,14 @@ def _sources(arguments: argparse.Namespace) -> Iterator[tuple[str, Path | bytes]
 
 def _classify_into(arguments: argparse.Namespace) -> int:
     from accelerate import PartialState
-    from accelerate.utils import gather_object
+    from accelerate.utils import gather_object, parse_flag_from_env
 
     from hep2.bulk import find_images, forget_failures, gather_parts, read_into
     from hep2.data import count_cells
     from hep2.reader import Reader
 
     # One process, or those of `accelerate launch`, each of which is given its card before the models go there.
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     reader = Reader(_open_weights(arguments.weights))
     if state.is_main_process:
         gather_parts(arguments.output, reader.weights)  # of a run that was killed

@@ -18,7 +18,7 @@ from hep2.phantoms import Nucleus, draw_nucleus, grain, phantom_cell, photograph
 Random = np.random.Generator
 
 REFUSED_VALIDATION = 0.01  # share of the validation cells that the threshold refuses
-PHANTOMS = 250  # of each pattern, among the cells: about as many as are drawn of other patterns
+PHANTOMS = 1 / 24  # of the cells, drawn of each pattern: about as many as of each kind that is no cell
 MOST = 6000  # examples of each kind to learn from: more cost time and change little
 # What another microscope may do to a cell without its ceasing to be one.
 ANOTHER_MICROSCOPE = {"zoom": 0.25, "sharpness": 1.5, "noise": 0.05, "gain": 0.3}
@@ -41,7 +41,8 @@ def fit_refusal(
     random = np.random.default_rng(seed)
     cells = train[np.sort(random.permutation(len(train))[:MOST])]
     changed = augment_tuned(cells, Generator().manual_seed(seed), **ANOTHER_MICROSCOPE)
-    drawn = [prepare(phantom_cell(name, random).astype(np.float32)) for name in CLASS_NAMES for _ in range(PHANTOMS)]
+    each = round(PHANTOMS * len(cells))
+    drawn = [prepare(phantom_cell(name, random).astype(np.float32)) for name in CLASS_NAMES for _ in range(each)]
     others = torch.from_numpy(draw_not_cells(len(cells), cells[:, 0].numpy(), random)[0])
     parts = [features_of(images).float() for images in (cells, changed, torch.from_numpy(np.stack(drawn)), others)]
     refusal = Refusal(members, parts[0].shape[1])

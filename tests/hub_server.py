@@ -143,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, path))
         if self.server.failures:
             self.answer(self.server.failures.pop(0), {"error": "made to fail"})
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path):
             if found := self.find(match[1], match[3] or "main"):
                 self.list_files(match[1], *found, tree=match[2] == "tree")
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):

@@ -109,7 +109,7 @@ def test_specimen_reads_fields_and_names_what_it_cannot_read(web):
     field, bad = upload(web, "field.png", file.getvalue()), upload(web, "bad.png", b"no image")
     kind, (answer,) = call(web, "specimen", [field, field], None)
     assert kind == "complete"
-    assert answer["files"] == ["field.png", "field.png"]
+    assert answer["files"] == ["field.png", "field (2).png"]
     assert len(cells) < answer["cells"] < 3 * len(cells)
     assert {cell["field"] for cell in answer["per_cell"]} == {0, 1}
     assert "not an image" in call(web, "specimen", [bad], None)[1][0]["error"]
@@ -209,6 +209,10 @@ def test_the_pages_own_events_open_no_other_file(web):
 
 def test_examples_are_held_out_cells_where_the_weights_or_a_dataset_carry_them(untrained, tmp_path):
     weights = load_weights(untrained)
+    with pytest.raises(ValueError, match="which cells of phantoms:40 .* they have not seen cannot be told"):
+        app.examples_of(weights, "phantoms:40", tmp_path)
+    for config in weights.configs.values():
+        config["training"]["dataset_fingerprint"] = load_cells("phantoms:40").fingerprint
     drawn, text = app.examples_of(weights, None, tmp_path)
     assert (len(drawn), drawn[7].truth) == (30, "Synthetic, drawn as Golgi")
     assert "synthetic" in text
