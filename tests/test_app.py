@@ -209,7 +209,7 @@ def test_the_pages_own_events_open_no_other_file(web):
 
 def test_examples_are_held_out_cells_where_the_weights_or_a_dataset_carry_them(untrained, tmp_path):
     weights = load_weights(untrained)
-    with pytest.raises(ValueError, match="which cells of phantoms:40 .* they have not seen cannot be told"):
+    with pytest.raises(ValueError, match=r"which cells of phantoms:40 .* they have not seen cannot be told"):
         app.examples_of(weights, "phantoms:40", tmp_path)
     for config in weights.configs.values():
         config["training"]["dataset_fingerprint"] = load_cells("phantoms:40").fingerprint
