@@ -45,12 +45,13 @@ TITLE = "HEp-2 cells: four models and a verdict"
 INTRODUCTION = """# HEp-2 cells: four models and a verdict
 The staining pattern of a HEp-2 cell points to the antibodies in a patient's serum. Click a cell, or give your own.
 **Not for clinical use.**"""
-UPLOAD_LABEL = "Your own: drop, paste or choose"
-UPLOAD_TEXT = "One or many, each an image of one cell: PNG, JPEG, TIFF, BMP or WebP, 8 to 32 bit."
+UPLOAD_LABEL = "Your own images"
+UPLOAD_TEXT = "Drop, paste or choose one or many, each of one cell: PNG, JPEG, TIFF, BMP or WebP, 8 to 32 bit."
 SYNTHETIC_TEXT = "**Examples**: synthetic cells, drawn by a program. A click reads one."
 HELD_OUT_TEXT = "**Examples**: published cells that no model was trained on, with their labels. A click reads one."
 FIELD_TEXT = """One or several whole fields of **one specimen**: dozens of cells, bright on dark, as the camera of a
-microscope gives them. The cells are found, each is read, and all together say what the specimen shows."""
+microscope gives them. The cells are found, each is read, and all together say what the specimen shows. What is given
+later joins the same specimen: clear the box for another."""
 TABLE = ("file", "verdict", "probability", "models agree", "remarks")
 NOTHING_READ = ([], counts_html([]), None)  # table, counts and CSV
 NO_SPECIMEN = ("", None, None)  # reading, table and pictures
@@ -90,6 +91,13 @@ PASTE = """
   if (files && files.length && input) {
     input.files = files;
     input.dispatchEvent(new Event("change", { bubbles: true }));
+  }
+}) || document.addEventListener("click", (event) => {
+  // A cell in a field leads to its card on this page, whatever the address is.
+  const link = event.target.closest("#specimen a[href^='#']");
+  if (link) {
+    event.preventDefault();
+    window.location.hash = link.getAttribute("href");
   }
 })
 """
@@ -133,11 +141,10 @@ class Page:
     def show_upload(self, paths: list[str] | None) -> tuple:
         """Show a single image at once; hand many over to the tab that reads many. The box is ready for the next."""
         if not paths:
-            return gr.skip(), None, gr.skip(), gr.skip(), None
+            return gr.skip(), None, gr.skip(), gr.skip()
         if len(paths) > 1:
-            return gr.skip(), None, gr.Tabs(selected="many"), paths, paths
-        html = reading_html(self._explain, Chosen(paths[0], Path(paths[0]).name))
-        return html, None, gr.skip(), gr.skip(), None
+            return gr.skip(), None, gr.Tabs(selected="many"), paths
+        return reading_html(self._explain, Chosen(paths[0], Path(paths[0]).name)), None, gr.skip(), gr.skip()
 
     def read_many(self, paths: list[str] | None, progress=gr.Progress()) -> tuple:  # noqa: B008 (Gradio finds it here)
         """Read many images into a table, a chart of the counts and a CSV file."""
@@ -162,10 +169,6 @@ class Page:
         # Where Gradio itself would put it, and deletes it in time: a copy elsewhere would stay.
         file = save_bytes_to_cache(text.getvalue().encode(), "readings.csv", get_upload_folder())
         return rows, counts_html(readings), file
-
-    def read_handed(self, paths: list[str] | None, progress=gr.Progress()) -> tuple:  # noqa: B008
-        """Read what another tab has handed over; when that was nothing, the table stays as it is."""
-        return self.read_many(paths, progress) if paths else (gr.skip(),) * len(NOTHING_READ)
 
     def read_specimen(self, paths: list[str] | None, pixel_size: float | None, progress=gr.Progress()) -> tuple:  # noqa: B008
         """Read the fields of one specimen into an overlay, its cells sorted by doubt, a table and a picture to keep."""
@@ -309,9 +312,12 @@ def examples_of(weights: Weights, dataset: str | None, folder: Path) -> tuple[li
         cells.sort(key=lambda cell: (CLASS_NAMES.index(cell[1]), cell[0].name))
     else:
         cells = weights.examples()
+    # What came with weights that were trained on phantoms are phantoms too.
+    drawn = str(dataset or weights.configs["ensemble"]["training"]["dataset"]).startswith("phantoms")
     text, truth = HELD_OUT_TEXT, "Its label: "
-    if not cells:
+    if drawn or not cells:
         text, truth = SYNTHETIC_TEXT, "Synthetic, drawn as "
+    if not cells:
         cells = [(SYNTHETIC / name / f"{number}.png", name) for name in CLASS_NAMES for number in range(1, 6)]
     return [Chosen(str(path), f"{label} {path.stem}", label, truth + label) for path, label in cells], text
 
@@ -367,16 +373,15 @@ def build(page: Page, first: str) -> gr.Blocks:
                     elem_id="table",
                 )
                 download = gr.File(label="All readings as CSV", interactive=False, elem_id="download")
-                handed = gr.File(file_count="multiple", visible=False)  # what came through the other tab's box
             with gr.Tab("A field", id="field"):
+                gr.Markdown(FIELD_TEXT)
+                scale = gr.Number(0, label="Micrometres a pixel; 0 if not known", minimum=0, step=0.01)
                 field = gr.File(
                     label="Fields of one specimen", file_count="multiple", elem_id="upload-field", height=170
                 )
-                gr.Markdown(FIELD_TEXT)
-                scale = gr.Number(0, label="Micrometres a pixel, to be set first; 0 if not known", minimum=0, step=0.01)
                 with gr.Row():
-                    specimen_table = gr.File(label="All cells as CSV", interactive=False, height=90)
-                    specimen_pictures = gr.File(label="Fields with the cells drawn in", interactive=False, height=90)
+                    specimen_table = gr.File(label="All cells as CSV", interactive=False, height=150)
+                    specimen_pictures = gr.File(label="Fields with the cells drawn in", interactive=False, height=150)
                 specimen_result = gr.HTML(elem_id="specimen")
             with gr.Tab("Models", id="models") as models_tab:
                 gr.HTML(models_html(page.weights))
@@ -389,13 +394,13 @@ def build(page: Page, first: str) -> gr.Blocks:
         )
         shown.change(None, shown, None, js=CHOOSE, **private)
         read_many = {"fn": page.read_many, "outputs": [table, counts, download], "show_progress_on": counts, **private}
-        shown_upload = upload.upload(page.show_upload, upload, [result, upload, tabs, many, handed], **private)
-        shown_upload.then(inputs=handed, **read_many | {"fn": page.read_handed})
-        shown_upload.then(None, None, None, js=SHOW, **private)
-        # A file that is taken out of the list is taken out of what is shown of it.
-        gr.on([many.upload, many.delete, many.clear], inputs=many, **read_many)
+        upload.upload(page.show_upload, upload, [result, upload, tabs, many], **private).then(
+            None, None, None, js=SHOW, **private
+        )
+        # Given here, handed over by the other tab, or taken out of the list: what is shown follows the list.
+        many.change(inputs=many, **read_many)
         gr.on(
-            [field.upload, field.delete, field.clear],
+            [field.change, scale.submit],
             page.read_specimen,
             [field, scale],
             [specimen_result, specimen_table, specimen_pictures],

@@ -136,7 +136,7 @@ def draw_reliability(result: dict, title: str) -> Figure:
     axes.plot(*zip(*points, strict=True), marker="o", color="#0072B2", label="measured")
     for point, row in zip(points, bins, strict=True):
         axes.annotate(str(row["cells"]), point, textcoords="offset points", xytext=(4, -10), fontsize=7)
-    axes.set(title=f"{title}: calibration error {result['ece']:.4f}", xlabel="probability of the verdict")
+    axes.set(title=f"{title}\ncalibration error {result['ece']:.4f}", xlabel="probability of the verdict")
     axes.set(ylabel="share right", xlim=(0, 1.02), ylim=(0, 1.02))
     axes.legend(loc="upper left")
     return figure
@@ -153,7 +153,8 @@ def draw_curves(history: list[dict], title: str, train_label: str = "train") -> 
     labels = {"train": train_label, "validation": "validation"}
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for part, colour in (("train", "#E69F00"), ("validation", "#0072B2")):
-            axes.plot(epochs, [record[f"{part}_{quantity}"] for record in history], color=colour, label=labels[part])
+            values = [record[f"{part}_{quantity}"] for record in history]
+            axes.plot(epochs, values, color=colour, label=labels[part], marker="o" if len(epochs) < 3 else None)
         axes.set(xlabel="epoch", ylabel=quantity)
         axes.grid(alpha=0.3)
         axes.legend()

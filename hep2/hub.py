@@ -70,7 +70,7 @@ def pull(name: str) -> tuple[Path, tuple[str, ...]]:
         folder = snapshot_download(repository, revision=revision or None, allow_patterns=READ, local_files_only=True)
     except (LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"{name}: {reason}, and no whole copy is cached: try again later, or {instead}"
+            f"{name} is no folder here; {reason}, and no whole copy is cached: try again later, or {instead}"
         ) from error
     return Path(folder), (f"{reason}: the cached revision of {repository} answers",)
 
@@ -176,7 +176,7 @@ def model_card(weights: Weights, repository: str) -> ModelCard:
         library_name="pytorch",
         pipeline_tag="image-classification",
         tags=["hep-2", "immunofluorescence", "autoimmunity", "medical", "timm"],
-        datasets=[DEFAULT_DATASET],
+        datasets=[DEFAULT_DATASET] if metrics["dataset"] == DEFAULT_DATASET else None,
         model_name=repository.rpartition("/")[2],
         eval_results=results,
     )
@@ -186,12 +186,20 @@ def model_card(weights: Weights, repository: str) -> ModelCard:
 def _card_text(weights: Weights, repository: str) -> str:
     metrics = weights.metrics
     training = weights.configs["ensemble"]["training"]
+    published = training["dataset"] == DEFAULT_DATASET
+    cells, origin = f"`{training['dataset']}`", "none of the published cells"
+    if published:
+        cells = f"[{DEFAULT_DATASET}](https://huggingface.co/datasets/{DEFAULT_DATASET})"
+        origin = f"{DEFAULT_DATASET}, from the contests on HEp-2 cell classification at ICPR and ICIP"
+    elif training["dataset"].startswith("phantoms"):
+        cells = f"synthetic cells, drawn by a program (`{training['dataset']}`), not for reading real ones"
     rows, classes = "", ""
     for name in MODELS:
-        ours, source = metrics["models"][name], SOURCE_RESULTS[name]
+        ours = metrics["models"][name]
+        source = f"{SOURCE_RESULTS[name]['accuracy']:.2f}" if published else "on other cells"
         rows += (
             f"| {MODEL_TITLES[name]} | {ours['accuracy']:.4f} | {ours['mean_class_accuracy']:.4f} | "
-            f"{ours['macro_f1']:.4f} | {ours['ece']:.4f} | {source['accuracy']:.2f} |\n"
+            f"{ours['macro_f1']:.4f} | {ours['ece']:.4f} | {source} |\n"
         )
     for label in CLASS_NAMES:
         row = metrics["models"]["ensemble"]["per_class"][label]
@@ -220,7 +228,7 @@ The stack ensemble, class by class:
 
 ## How they were trained
 
-On [{training["dataset"]}](https://huggingface.co/datasets/{DEFAULT_DATASET}) (fingerprint
+On {cells} (fingerprint
 `{training["dataset_fingerprint"]}`), recipe {training["recipe"]}, protocol {training["protocol"]}, seed
 {training["seed"]}. Probabilities are calibrated by temperature on validation cells. Each `config.json` holds all
 settings, each `log.jsonl` every epoch.
@@ -238,7 +246,7 @@ were given to specimens and inherited by their cells. Intensity (titre) cannot b
 
 ## Citation
 
-Cells: {DEFAULT_DATASET}, from the contests on HEp-2 cell classification at ICPR and ICIP. Licence: MIT.
+Cells: {origin}. Licence: MIT.
 """
 
 

@@ -24,6 +24,7 @@ from hep2.training import write_atomically
 FORMAT = 1
 BUNDLED = Path(__file__).with_name("bundled")
 CONFIG_FIELDS = {"format", "model", "architecture", "labels", "preprocessing", "training", "calibration", "metrics"}
+_MISSING = "{} is missing: the folder does not hold complete weights; get them again, or train them"
 REFUSAL_FIELDS = {"format", "members", "preprocessing", "training"}
 
 
@@ -147,7 +148,8 @@ def load_weights(
     if unknown := set(names) - set(MODELS):
         raise ValueError(f"unknown models {sorted(unknown)}: choose from {list(MODELS)}")
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such folder of weights; train some, or use the bundled ones")
+        what = "is a file: give the folder it lies in" if folder.is_file() else "there is no such folder of weights"
+        raise FileNotFoundError(f"{folder}: {what}; train some, or use the bundled ones")
     needed = set(names) | (set(StackEnsemble.member_names) if "ensemble" in names else set())
     models: dict[str, nn.Module] = {}
     configs: dict[str, dict] = {}
@@ -172,11 +174,14 @@ def load_weights(
     if refusal is None and "ensemble" in models:
         notes += ("these weights give every image a verdict: they were not taught what is no cell",)
     metrics_path = folder / "metrics.json"
+    metrics = read_json(metrics_path) if metrics_path.exists() else {}
+    if metrics and not isinstance(metrics.get("models"), dict):
+        raise ValueError(f"{metrics_path}: models is {metrics.get('models')!r}, expected the figures of each model")
     read = [*models, "refusal"] if refusal is not None else list(models)
     return Weights(
         models=models,
         configs=configs,
-        metrics=read_json(metrics_path) if metrics_path.exists() else {},
+        metrics=metrics,
         source=source or ("bundled" if folder == BUNDLED else str(folder)),
         revision=revision or hashlib.sha256("".join(_digest(folder / name) for name in read).encode()).hexdigest()[:12],
         folder=folder,
@@ -196,7 +201,9 @@ def specimen_models(specimen: dict) -> str:
 def read_json(path: Path) -> dict:
     """Read a JSON object; an absent or damaged file is an error that names it."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the folder does not hold complete weights")
+        raise FileNotFoundError(
+            f"{path} is missing: the folder does not hold complete weights; get them again, or train them"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -219,7 +226,9 @@ def _read_config(path: Path, name: str) -> dict:
         raise ValueError(f"{path}: fields {odd} are missing or unknown; expected {sorted(CONFIG_FIELDS)}")
     for field, expected in (("model", name), ("labels", list(CLASS_NAMES)), ("preprocessing", PREPROCESSING)):
         if config[field] != expected:
-            raise ValueError(f"{path}: {field} is {config[field]!r}, expected {expected!r}")
+            raise ValueError(
+                f"{path}: {field} is {config[field]!r}, expected {expected!r}; use weights of this version"
+            )
     temperature = config["calibration"].get("temperature") if isinstance(config["calibration"], dict) else None
     if not isinstance(temperature, (int, float)) or not temperature > 0:
         raise ValueError(f"{path}: calibration is {config['calibration']!r}, expected a positive temperature")
@@ -262,7 +271,9 @@ def _load_refusal(directory: Path, models: dict[str, nn.Module]) -> Refusal | No
 
 def _load_tensors(module: nn.Module, path: Path) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the folder does not hold complete weights")
+        raise FileNotFoundError(
+            f"{path} is missing: the folder does not hold complete weights; get them again, or train them"
+        )
     try:
         tensors = load(path.read_bytes())
     except SafetensorError as error:
@@ -282,5 +293,7 @@ def _restored(tensor: Tensor) -> Tensor:
 def _digest(directory: Path) -> str:
     path = directory / "model.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the folder does not hold complete weights")
+        raise FileNotFoundError(
+            f"{path} is missing: the folder does not hold complete weights; get them again, or train them"
+        )
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

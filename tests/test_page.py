@@ -204,6 +204,13 @@ def test_a_file_taken_out_of_the_list_is_taken_out_of_the_table(visit):
     box.get_by_label("Remove this file").first.click()
     playwright.expect(page.locator("#counts h3")).to_have_text("1 cell", timeout=30_000)
     playwright.expect(table.get_by_role("row").filter(has_text="1.png")).to_contain_text("NuMem")
+    # The same where the other tab has handed them over.
+    page.get_by_role("tab", name="One cell").click()
+    give(page, ("a.png", files[0][1]), ("b.png", files[1][1]), ("c.png", files[0][1]))
+    playwright.expect(page.locator("#counts h3")).to_have_text("3 cells", timeout=30_000)
+    box.get_by_label("Remove this file").first.click()
+    playwright.expect(page.locator("#counts h3")).to_have_text("2 cells", timeout=30_000)
+    playwright.expect(table.get_by_role("row").filter(has_text="a.png")).to_have_count(0)
     box.get_by_label("Clear").click()
     playwright.expect(table.get_by_role("row").filter(has_text=".png")).to_have_count(0, timeout=30_000)
 
@@ -230,6 +237,8 @@ def test_no_width_scrolls_sideways_and_every_text_has_contrast_aa(visit, scheme,
 
 def test_a_field_shows_its_cells_outlined_and_one_by_one(visit):
     page = visit()
+    page.goto(f"{page.url}?seen=1")  # as a Space adds one
+    page.wait_for_selector(".reading .name")
     page.get_by_role("tab", name="A field").click()
     image, _ = phantom_field("NuMem", np.random.default_rng(0), shape=(480, 640), nucleus=60.0)
     give(page, ("field.png", encoded(image, "PNG")), box="upload-field")
@@ -240,6 +249,7 @@ def test_a_field_shows_its_cells_outlined_and_one_by_one(visit):
     assert sum("NuMem" in outline.get_attribute("aria-label") for outline in outlines.all()) >= 5
     outlines.first.click()
     target = outlines.first.get_attribute("href")
+    assert page.url.endswith(f"/?seen=1{target}")
     assert page.locator(f"{target}:target .bars li").count() == 6
     with page.expect_download() as download:
         page.get_by_role("link", name="specimen.csv").or_(page.locator("a[download='specimen.csv']")).first.click()
