@@ -25,7 +25,7 @@ from hep2.data import load_cells
 from hep2.fields import check_pixel_size, draw_overlays, read_specimen, specimen_rows
 from hep2.hub import open_weights
 from hep2.imaging import Cell, ImageError, load_cell, make_cell, read_intensity
-from hep2.patterns import CLASS_NAMES, MODEL_TITLES
+from hep2.patterns import CLASS_NAMES, MODEL_TITLES, is_synthetic
 from hep2.pipeline import held_out_examples
 from hep2.reader import Explanation, Failure, Gathering, Reader, csv_header, csv_row
 from hep2.views import (
@@ -313,7 +313,7 @@ def examples_of(weights: Weights, dataset: str | None, folder: Path) -> tuple[li
     else:
         cells = weights.examples()
     # What came with weights that were trained on phantoms are phantoms too.
-    drawn = str(dataset or weights.configs["ensemble"]["training"]["dataset"]).startswith("phantoms")
+    drawn = is_synthetic(dataset or weights.configs["ensemble"]["training"]["dataset"])
     text, truth = HELD_OUT_TEXT, "Its label: "
     if drawn or not cells:
         text, truth = SYNTHETIC_TEXT, "Synthetic, drawn as "

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 import json
 import os
 import sys
@@ -91,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     phantoms.set_defaults(run=_phantoms)
 
     arguments = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no UTF-8 come out as they went in
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no UTF-8 come out as they went in
     try:
         return arguments.run(arguments)
     except (ValueError, OSError) as error:
@@ -103,11 +105,15 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", default=DEFAULT_DATASET, help="Hub name, local folder, or phantoms[:COUNT]")
 
 
+def _default_weights() -> str | None:
+    return os.environ.get("HEP2_WEIGHTS") or None  # a Space's variable may be left empty
+
+
 def add_weights_option(parser: argparse.ArgumentParser) -> None:
     """Let a command line name the weights to read with."""
     parser.add_argument(
         "--weights",
-        default=os.environ.get("HEP2_WEIGHTS") or None,
+        default=_default_weights(),
         metavar="NAME",
         help="OWNER/NAME[@revision] on the Hub or a folder (default: HEP2_WEIGHTS, else the bundled ones)",
     )
@@ -261,7 +267,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from hep2.pipeline import evaluate_weights
 
     if arguments.protocol == "specimen" and arguments.fold is None:
-        if arguments.weights != (os.environ.get("HEP2_WEIGHTS") or None):
+        if arguments.weights != _default_weights():
             raise ValueError(
                 "the protocol 'specimen' trains models of its own on each fold: leave out --weights, or name the "
                 "--fold that they were trained on"

@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from hep2.imaging import ImageSource, prepare, read_intensity
-from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, is_synthetic
 from hep2.phantoms import phantom_files
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class CellFile(NamedTuple):
 
 def dataset_files(dataset: str | Path) -> Iterator[CellFile]:
     """Yield all cells of a dataset as they were published. Takes and raises what `load_cells` does."""
-    if str(dataset).partition(":")[0] == "phantoms":
+    if is_synthetic(dataset):
         yield from (CellFile(*file) for file in phantom_files(_phantoms_a_class(dataset)))
         return
     import datasets  # slow to import, and idle when phantoms are enough
@@ -114,7 +114,7 @@ def dataset_files(dataset: str | Path) -> Iterator[CellFile]:
 
 def count_cells(dataset: str | Path) -> int:
     """Count the cells of a dataset without looking at them. Takes and raises what `load_cells` does."""
-    if str(dataset).partition(":")[0] == "phantoms":
+    if is_synthetic(dataset):
         return _phantoms_a_class(dataset) * len(CLASS_NAMES)
     return sum(rows.num_rows for rows in _parts(dataset).values())
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from hep2.models import MODELS
-from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES, SOURCE_RESULTS
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES, SOURCE_RESULTS, is_synthetic
 from hep2.weights import BUNDLED, Weights, load_weights, specimen_models
 
 # All that is ever fetched: JSON, safetensors and pictures. A pickle in a repository is neither fetched nor opened.
@@ -98,7 +98,7 @@ def stage(run: Path, destination: Path, repository: str, examples: dict[str, tup
     again = "measure the run with `python -m hep2 evaluate`"
     if not weights.metrics:
         raise FileNotFoundError(f"{run / 'metrics.json'} is missing: {again}")
-    if weights.metrics["revision"] != weights.revision or set(weights.metrics["models"]) != set(weights.models):
+    if weights.metrics.get("revision") != weights.revision or set(weights.metrics["models"]) != set(weights.models):
         raise ValueError(f"{run / 'metrics.json'} is not of these four models as they are now: {again}")
     for pattern in WRITTEN:
         for path in sorted(run.glob(pattern)):
@@ -191,7 +191,7 @@ def _card_text(weights: Weights, repository: str) -> str:
     if published:
         cells = f"[{DEFAULT_DATASET}](https://huggingface.co/datasets/{DEFAULT_DATASET})"
         origin = f"{DEFAULT_DATASET}, from the contests on HEp-2 cell classification at ICPR and ICIP"
-    elif training["dataset"].startswith("phantoms"):
+    elif is_synthetic(training["dataset"]):
         cells = f"synthetic cells, drawn by a program (`{training['dataset']}`), not for reading real ones"
     rows, classes = "", ""
     for name in MODELS:

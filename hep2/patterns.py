@@ -6,6 +6,12 @@ IMAGE_SIZE = 78  # rows and columns of a cell image, in pixels, as in the datase
 DEFAULT_DATASET = "Genius-Society/HEp2"  # on the Hugging Face Hub
 CELLS_IN_DATASET = 13_596
 
+
+def is_synthetic(dataset: object) -> bool:
+    """Tell whether the name of a dataset stands for phantoms, which are drawn by the package: `phantoms[:COUNT]`."""
+    return str(dataset).partition(":")[0] == "phantoms"
+
+
 ICAP_URL = "https://www.anapatterns.org"
 
 

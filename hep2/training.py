@@ -299,8 +299,8 @@ def _identity(
 
 
 def _content(examples: Examples) -> str:
-    digest = hashlib.sha256(examples.inputs.contiguous().numpy().tobytes())
-    digest.update(examples.labels.numpy().tobytes())
+    digest = hashlib.sha256(examples.inputs.contiguous().numpy())
+    digest.update(examples.labels.contiguous().numpy())
     return digest.hexdigest()[:16]
 
 

@@ -24,7 +24,6 @@ from hep2.training import write_atomically
 FORMAT = 1
 BUNDLED = Path(__file__).with_name("bundled")
 CONFIG_FIELDS = {"format", "model", "architecture", "labels", "preprocessing", "training", "calibration", "metrics"}
-_MISSING = "{} is missing: the folder does not hold complete weights; get them again, or train them"
 REFUSAL_FIELDS = {"format", "members", "preprocessing", "training"}
 
 
@@ -201,9 +200,7 @@ def specimen_models(specimen: dict) -> str:
 def read_json(path: Path) -> dict:
     """Read a JSON object; an absent or damaged file is an error that names it."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: the folder does not hold complete weights; get them again, or train them"
-        )
+        raise _missing(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -211,6 +208,12 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, expected an object")
     return content
+
+
+def _missing(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{path} is missing: the folder does not hold complete weights; get them again, or train them"
+    )
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -271,9 +274,7 @@ def _load_refusal(directory: Path, models: dict[str, nn.Module]) -> Refusal | No
 
 def _load_tensors(module: nn.Module, path: Path) -> None:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: the folder does not hold complete weights; get them again, or train them"
-        )
+        raise _missing(path)
     try:
         tensors = load(path.read_bytes())
     except SafetensorError as error:
@@ -293,7 +294,5 @@ def _restored(tensor: Tensor) -> Tensor:
 def _digest(directory: Path) -> str:
     path = directory / "model.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: the folder does not hold complete weights; get them again, or train them"
-        )
+        raise _missing(path)
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
