@@ -3,11 +3,12 @@
 import argparse
 import csv
 import io
+import os
 import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,7 @@ from hep2.imaging import Cell, ImageError, load_cell, make_cell, read_intensity
 from hep2.patterns import CLASS_NAMES, MODEL_TITLES, is_synthetic
 from hep2.pipeline import held_out_examples
 from hep2.reader import Explanation, Failure, Gathering, Reader, csv_header, csv_row
+from hep2.uploads import folder_of_uploads
 from hep2.views import (
     NO_VERDICT,
     counts_html,
@@ -59,10 +61,12 @@ NO_IMAGE = "no image came; give one file: PNG, JPEG, TIFF, BMP or WebP"
 FITTING = (
     "it takes each image (and several as a list) as a file that was uploaded to /gradio_api/upload before, "
     'as {"path": …, "meta": {"_type": "gradio.FileData"}}, which handle_file of gradio_client does; no other paths, '
-    "and no addresses of this machine"
+    "and no addresses of this machine; uploads are deleted within the hour: if it is longer ago, give it again"
 )
 TOGETHER = 8  # requests to /classify that are answered at once; more cost memory and gain nothing
 KEPT = (600, 3000)  # seconds: every ten minutes, files older than 50 minutes are deleted; they may be a patient's
+MOST_IMAGES = 10_000  # in one request: some minutes of two cores
+MOST_PIXELS = 200_000_000  # of all fields of one specimen together, which are held at once
 QUEUE = 256  # requests that may wait; one more is told that the page is busy
 # No font comes from elsewhere. Gradio's greys and mid-tones are too faint on their grounds for contrast AA.
 THEME = gr.themes.Soft(
@@ -86,13 +90,15 @@ THEME = gr.themes.Soft(
 PASTE = """
 () => document.addEventListener("paste", (event) => {
   const files = event.clipboardData && event.clipboardData.files;
-  const boxes = [...document.querySelectorAll("#upload, #upload-many")];
+  const boxes = [...document.querySelectorAll("#upload, #upload-many, #upload-field")];
   const input = boxes.find((box) => box.checkVisibility())?.querySelector("input[type=file]");
   if (files && files.length && input) {
     input.files = files;
     input.dispatchEvent(new Event("change", { bubbles: true }));
   }
 }) || document.addEventListener("click", (event) => {
+  const summary = event.target.closest("#result .maps summary");
+  if (summary) summary.closest("#result").dataset.maps = summary.parentElement.open ? "" : "open";
   // A cell in a field leads to its card on this page, whatever the address is.
   const link = event.target.closest("#specimen a[href^='#']");
   if (link) {
@@ -102,9 +108,10 @@ PASTE = """
 })
 """
 
-# On a phone the reading lies below what was clicked.
+# Maps that were unfolded stay so for the next cell. On a phone the reading lies below what was clicked.
 SHOW = """() => {
-  const result = document.querySelector("#result");
+  const result = document.querySelector("#result"), maps = result.querySelector(".maps");
+  if (maps) maps.open = result.dataset.maps === "open";
   if (window.innerWidth < 700 && result.checkVisibility()) result.scrollIntoView({ behavior: "smooth" });
 }"""
 
@@ -128,12 +135,14 @@ class Page:
         self.weights = reader.weights
         self.examples, self.examples_text = examples, examples_text
         # On ZeroGPU these borrow a card for some seconds; with a card of one's own, or none, they are as they were.
+        # Only the models need it: decoding, finding cells, and the progress bar, which cannot travel, stay here.
         self._explain = spaces.GPU(duration=10)(reader.explain)
-        self._read = spaces.GPU(duration=lambda named: 10 + len(named) // 100)(reader.read)
-        # Only the models need the card: finding cells, and the progress bar, which cannot travel, stay here.
         read_cells = spaces.GPU(duration=lambda cells: 10 + len(cells) // 100)(reader.read_cells)
+        self._read = partial(reader.read, read_cells=read_cells)
         self._read_specimen = partial(read_specimen, reader, read_cells=read_cells)
         self.read_together = Gathering(lambda named: list(self._read(named)))
+        if os.environ.get("SPACES_ZERO_GPU"):  # there each visitor borrows on an allowance of their own
+            self.read_together = lambda named: next(self._read([named]))
 
     def show_example(self, event: gr.SelectData) -> str:
         return reading_html(self._explain, self.examples[event.index])
@@ -150,6 +159,7 @@ class Page:
         """Read many images into a table, a chart of the counts and a CSV file."""
         if not paths:
             return NOTHING_READ
+        check_count(paths)
         readings = list(progress.tqdm(self._read(_named(paths)), total=len(paths), unit="cells", desc="Reading"))
         rows = [
             [reading.file, "", None, None, reading.error]
@@ -231,6 +241,7 @@ class Page:
         Args:
             images: one cell each; PNG, JPEG, TIFF, BMP or WebP, 8 to 32 bit
         """
+        check_count(images or [])
         return [answer.as_dict() for answer in self._read(_named(images or []))]
 
     def explain(self, image: str | None) -> tuple[dict, list[tuple[Image.Image, str]]]:
@@ -254,7 +265,10 @@ class Page:
         """Tell which weights are loaded (source and revision), the models' names, and their measured figures."""
         weights = self.weights
         names = {"models": list(weights.models), "source": weights.source, "revision": weights.revision}
-        return names | {"metrics": weights.metrics}
+        return names | {"notes": list(weights.notes), "metrics": weights.metrics}
+
+    def show_models(self, filled: bool) -> tuple:
+        return gr.skip() if filled else self.model_details, True
 
     @cached_property
     def model_details(self) -> str:
@@ -278,13 +292,26 @@ def fields_of(paths: list[str], pixel_size: float | None) -> list[tuple] | Failu
         check_pixel_size(pixel_size)
     except ValueError as error:
         return Failure("", str(error))
-    fields = []
+    fields, pixels = [], 0
     for name, path in _named(paths):
         try:
             fields.append((name, *read_intensity(path)))
         except (ImageError, OSError) as error:
             return Failure(name, str(error))
+        pixels += fields[-1][1].size
+        if pixels > MOST_PIXELS:
+            most = MOST_PIXELS // 1_000_000
+            return Failure(name, f"with this field there are more than {most} million pixels: give fewer, or smaller")
     return fields
+
+
+def check_count(paths: list[str]) -> None:
+    """Raise an error for the caller if there are too many images for one request."""
+    if len(paths) > MOST_IMAGES:
+        raise gr.Error(
+            f"{len(paths)} images came, at most {MOST_IMAGES} can be read at once: send them in parts",
+            print_exception=False,
+        )
 
 
 def _named(paths: Iterable[str]) -> list[tuple[str, Path]]:
@@ -325,12 +352,27 @@ def examples_of(weights: Weights, dataset: str | None, folder: Path) -> tuple[li
 class Blocks(gr.Blocks):
     """Gradio's page, with words for a caller whose arguments do not fit: Gradio itself answers "error": null."""
 
-    async def preprocess_data(self, block_fn: BlockFunction, *rest, **options) -> list:
+    async def preprocess_data(self, block_fn: BlockFunction, inputs: list, *rest, **options) -> list:
         try:
-            return await super().preprocess_data(block_fn, *rest, **options)
-        except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+            for path in paths_in(inputs):
+                # Of a folder Gradio would keep account as of a file, and fail for good when it comes to delete it.
+                if "://" not in path and not Path(path).is_file():
+                    raise FileNotFoundError(path)
+            return await super().preprocess_data(block_fn, inputs, *rest, **options)
+        except Exception as error:  # whatever a sender can bring about, an address that does not answer among it
             message = f"/{block_fn.api_name} got arguments that do not fit: {FITTING}"
             raise gr.Error(message, print_exception=False) from error
+
+
+def paths_in(value: object) -> Iterator[str]:
+    """Find the paths of all files in the arguments of a request."""
+    if isinstance(value, dict):
+        if "meta" in value and isinstance(value.get("path"), str):
+            yield value["path"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from paths_in(part)
 
 
 def build(page: Page, first: str) -> gr.Blocks:
@@ -375,7 +417,9 @@ def build(page: Page, first: str) -> gr.Blocks:
                 download = gr.File(label="All readings as CSV", interactive=False, elem_id="download")
             with gr.Tab("A field", id="field"):
                 gr.Markdown(FIELD_TEXT)
-                scale = gr.Number(0, label="Micrometres a pixel; 0 if not known", minimum=0, step=0.01)
+                scale = gr.Number(
+                    0, label="Micrometres a pixel; 0 if not known. Enter reads again", minimum=0, step=0.01
+                )
                 field = gr.File(
                     label="Fields of one specimen", file_count="multiple", elem_id="upload-field", height=170
                 )
@@ -385,16 +429,16 @@ def build(page: Page, first: str) -> gr.Blocks:
                 specimen_result = gr.HTML(elem_id="specimen")
             with gr.Tab("Models", id="models") as models_tab:
                 gr.HTML(models_html(page.weights))
-                details = gr.HTML()
+                details, filled = gr.HTML(), gr.State(False)
 
         # Events that serve the page alone are no part of the API.
         private = {"api_visibility": "private"}
-        gallery.select(page.show_example, None, result, show_progress="hidden", **private).then(
-            None, None, None, js=SHOW, **private
-        )
+        select = {"show_progress": "hidden", "trigger_mode": "always_last"}  # the last click is the one that counts
+        gallery.select(page.show_example, None, result, **select, **private).then(None, None, None, js=SHOW, **private)
         shown.change(None, shown, None, js=CHOOSE, **private)
         read_many = {"fn": page.read_many, "outputs": [table, counts, download], "show_progress_on": counts, **private}
-        upload.upload(page.show_upload, upload, [result, upload, tabs, many], **private).then(
+        shown_upload = [result, upload, tabs, many]
+        upload.upload(page.show_upload, upload, shown_upload, trigger_mode="multiple", **private).then(
             None, None, None, js=SHOW, **private
         )
         # Given here, handed over by the other tab, or taken out of the list: what is shown follows the list.
@@ -407,7 +451,8 @@ def build(page: Page, first: str) -> gr.Blocks:
             show_progress_on=specimen_result,
             **private,
         )
-        models_tab.select(lambda: page.model_details, None, details, **private)
+        # Sent once to a visitor: sent again, what was unfolded would close.
+        models_tab.select(page.show_models, filled, [details, filled], **private)
 
         with gr.Row(visible=False):
             image, images = gr.File(label="image"), gr.File(label="images", file_count="multiple")
@@ -434,7 +479,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"argument --port: {arguments.port} is not between 1 and 65535")
     # Told to stop, the server ends as if interrupted, and deletes what was uploaded.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="hep2-examples-") as folder:
+    with folder_of_uploads(*KEPT) as kept, tempfile.TemporaryDirectory(prefix="hep2-examples-") as folder:
         try:
             weights = open_weights(arguments.weights)
             examples, text = examples_of(weights, arguments.dataset, Path(folder))
@@ -445,6 +490,9 @@ def main(argv: list[str] | None = None) -> int:
         first = reading_html(Reader(weights).explain, examples[0])
         reader = Reader(weights.to(best_device()))
         blocks = build(Page(reader, examples, text), first)
+        kept.update(Path(path) for block in blocks.blocks.values() for path in block.keep_in_cache)
+        for note in weights.notes:
+            print(f"app.py: note: {note}", file=sys.stderr)
         # Told of every finished job, those who wait would each gather a letter for all the others.
         blocks.queue(max_size=QUEUE, status_update_rate=1)
         try:

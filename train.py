@@ -4,11 +4,14 @@ Killed at any moment and started again with the same command, it goes on behind 
 """
 
 import argparse
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
 from accelerate import Accelerator
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from hep2 import __version__
 from hep2.data import PROTOCOLS, Cells, load_cells
@@ -42,6 +45,15 @@ def main(argv: list[str] | None = None) -> int:
     journey.add_argument("--private", action="store_true", help="make the repository private, if it is new")
     journey.add_argument("--dry-run", action="store_true", help="with --push: only stage what would go, and list it")
     arguments = parser.parse_args(argv)
+    if not arguments.push and (arguments.private or arguments.dry_run):
+        parser.error("--private and --dry-run go with --push OWNER/NAME")
+    if arguments.push:  # said now, not after hours of training
+        try:
+            validate_repo_id(arguments.push)
+        except HFValidationError as error:
+            parser.error(f"argument --push: {error}")
+        if set(arguments.models) != set(MODELS):
+            parser.error("argument --push: only whole runs travel; leave --models out")
     changes = {"epochs": arguments.epochs, "batch_size": arguments.batch_size}
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     try:
@@ -63,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             weights = load_weights(arguments.output, trained)
             print(comparison_table(evaluate_weights(weights, cells, arguments.output)["models"]))
             if arguments.push:
-                _push(arguments, cells)
+                _push(arguments, cells, sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
@@ -72,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _push(arguments: argparse.Namespace, cells: Cells) -> None:
+def _push(arguments: argparse.Namespace, cells: Cells, given: list[str]) -> None:
     examples = held_out_examples(load_weights(arguments.output), cells, arguments.dataset)
     if arguments.dry_run:
         staged = arguments.output / "staged"
@@ -82,7 +94,14 @@ def _push(arguments: argparse.Namespace, cells: Cells) -> None:
             print(f"{path.stat().st_size:10,}  {path.relative_to(staged)}")
         print(f"this would go to {arguments.push} in one commit, tagged v{__version__}; it lies in {staged}")
         return
-    commit = push(arguments.output, arguments.push, version=__version__, private=arguments.private, examples=examples)
+    options = {"version": __version__, "private": arguments.private, "examples": examples}
+    try:
+        commit = push(arguments.output, arguments.push, **options)
+    except ConnectionError as error:
+        again = shlex.join(["python", "train.py", *given])
+        raise ConnectionError(
+            f"{error} with the same command, which trains nothing that is trained:\n{again}"
+        ) from error
     print(f"pushed to {arguments.push}, commit {commit}, tag v{__version__}")
 
 

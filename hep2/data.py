@@ -73,7 +73,13 @@ def load_cells(dataset: str | Path = DEFAULT_DATASET) -> Cells:
     """
     cells = cells_from_files(dataset_files(dataset), source=str(dataset))
     # Where a copy lies says nothing of what it is.
-    return replace(cells, source=DEFAULT_DATASET) if cells.fingerprint == PUBLISHED_FINGERPRINT else cells
+    if cells.fingerprint == PUBLISHED_FINGERPRINT:
+        return replace(cells, source=DEFAULT_DATASET)
+    # Weights tell what they were trained on, to strangers too: a folder's name, not where it lies.
+    local = Path(dataset)
+    if is_synthetic(dataset) or not local.exists():
+        return cells
+    return replace(cells, source=f"folder {local.resolve().name}")
 
 
 class CellFile(NamedTuple):

@@ -1,8 +1,10 @@
 """Where a model looked: maps over the cell, from the forward pass that gives the verdict."""
 
+import threading
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hep2.models import CNN, ViT
 from hep2.patterns import IMAGE_SIZE
@@ -37,11 +39,15 @@ def look(model: CNN | ViT, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _attention(model: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
     layers: list[Tensor] = []
+    own = threading.get_ident()
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # The model is shared: other threads may be taking other cells through it meanwhile.
+        if threading.get_ident() == own:
+            layers.append(output)
+
     # With the fused kernel off, timm's attention passes its weights (batch, heads, tokens, tokens) through this module.
-    handles = [
-        block.attn.attn_drop.register_forward_hook(lambda module, inputs, output: layers.append(output))
-        for block in model.blocks
-    ]
+    handles = [block.attn.attn_drop.register_forward_hook(keep) for block in model.blocks]
     try:
         tokens = model.forward_features(images)
     finally:

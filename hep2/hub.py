@@ -24,7 +24,9 @@ from hep2.weights import BUNDLED, Weights, load_weights, specimen_models
 
 # All that is ever fetched: JSON, safetensors and pictures. A pickle in a repository is neither fetched nor opened.
 READ = ["metrics.json", "*/config.json", "*/model.safetensors", "*/log.jsonl", "examples/*/*.png"]
-WRITTEN = [*READ, "*.png", "*/curves.png", "specimen/reliability_*.png"]
+WRITTEN = [*READ, "confusion_*.png", "reliability_*.png", "*/curves.png", "specimen/reliability_*.png"]
+# What a request to the Hub can end in: large files have protocols of their own, with errors of their own.
+HUB_ERRORS = (HfHubHTTPError, HFValidationError, httpx2.HTTPError, OSError, RuntimeError, ValueError)
 TRIES = 3
 
 
@@ -53,8 +55,13 @@ def pull(name: str) -> tuple[Path, tuple[str, ...]]:
     repository, _, revision = name.partition("@")
     instead = "use the bundled weights by leaving the name out"
     try:
-        _reach(repository, revision or None)
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=READ)), ()
+        # By its commit: asked by name, a download falls back to what is cached in silence.
+        commit = _reach(repository, revision or None)
+        folder = Path(snapshot_download(repository, revision=commit, allow_patterns=READ))
+        with suppress(*HUB_ERRORS):
+            # Now that all is here, the cache may learn what the name stands for; until then the older copy was its.
+            snapshot_download(repository, revision=revision or None, allow_patterns=READ)
+        return folder, ()
     except (RepositoryNotFoundError, GatedRepoError) as error:
         raise FileNotFoundError(
             f"{repository} is no folder here, and is not on the Hub, or is private: check the name, give a token "
@@ -64,7 +71,11 @@ def pull(name: str) -> tuple[Path, tuple[str, ...]]:
         raise FileNotFoundError(f"{repository} has no revision {revision!r}: check it, or {instead}") from error
     except HFValidationError as error:
         raise FileNotFoundError(f"{name!r} is neither a folder nor a Hub repository's OWNER/NAME: {instead}") from error
-    except (OfflineModeIsEnabled, HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+    except (OfflineModeIsEnabled, *HUB_ERRORS) as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise FileNotFoundError(
+                f"the Hub refuses the token for {repository}: set HF_TOKEN to one that is good, or unset it"
+            ) from error
         reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else f"the Hub failed ({error})"
     try:
         folder = snapshot_download(repository, revision=revision or None, allow_patterns=READ, local_files_only=True)
@@ -75,12 +86,11 @@ def pull(name: str) -> tuple[Path, tuple[str, ...]]:
     return Path(folder), (f"{reason}: the cached revision of {repository} answers",)
 
 
-def _reach(repository: str, revision: str | None) -> None:
-    """Ask the Hub for the revision, a few times if it is busy: a download would fall back to its cache in silence."""
+def _reach(repository: str, revision: str | None) -> str:
+    """Ask the Hub for the commit of a revision, a few times if it is busy."""
     for attempt in range(TRIES):
         try:
-            HfApi().model_info(repository, revision=revision, timeout=10)
-            return
+            return HfApi().model_info(repository, revision=revision, timeout=10).sha
         except HfHubHTTPError as error:
             if error.response.status_code < 500 or attempt == TRIES - 1:
                 raise
@@ -96,9 +106,10 @@ def stage(run: Path, destination: Path, repository: str, examples: dict[str, tup
     """
     weights = load_weights(run)
     again = "measure the run with `python -m hep2 evaluate`"
-    if not weights.metrics:
+    if not (run / "metrics.json").exists():
         raise FileNotFoundError(f"{run / 'metrics.json'} is missing: {again}")
-    if weights.metrics.get("revision") != weights.revision or set(weights.metrics["models"]) != set(weights.models):
+    own = weights.metrics.get("revision") == weights.revision
+    if not own or set(weights.metrics["models"]) != set(weights.models):
         raise ValueError(f"{run / 'metrics.json'} is not of these four models as they are now: {again}")
     for pattern in WRITTEN:
         for path in sorted(run.glob(pattern)):
@@ -128,13 +139,22 @@ def push(
     Raises
     ------
     ConnectionError
-        If the Hub refuses or fails; the run stays as it is, and the message says how to push it again.
+        If the Hub refuses or fails; the run stays as it is.
+    PermissionError
+        If the repository was to be private and is there, and public: nothing is sent.
     """
     api = HfApi()
     with tempfile.TemporaryDirectory() as folder:
         stage(run, Path(folder), repository, examples)
         try:
-            api.create_repo(repository, private=private, exist_ok=True)
+            # Not asked to be private, it becomes what its owner's new repositories are.
+            api.create_repo(repository, private=private or None, exist_ok=True)
+            public = private and not api.model_info(repository).private
+        except HUB_ERRORS as error:
+            raise _failed(run, repository, error) from error
+        if public:
+            raise PermissionError(f"{repository} is public already: make it private on the Hub first; nothing was sent")
+        try:
             # What an earlier push has left goes: its held-out cells may be among those that this run was trained on.
             commit = api.upload_folder(
                 repo_id=repository, folder_path=folder, commit_message=f"hep2 {version}", delete_patterns=WRITTEN
@@ -142,12 +162,13 @@ def push(
             with suppress(RevisionNotFoundError):
                 api.delete_tag(repository, tag=f"v{version}")
             api.create_tag(repository, tag=f"v{version}", revision=commit.oid)
-        except (HfHubHTTPError, HFValidationError, httpx2.HTTPError, OSError) as error:
-            raise ConnectionError(
-                f"the push to {repository} failed ({error}); the run is whole in {run}: push it again with "
-                f"`python train.py --output {run} --push {repository}`, which trains nothing that is trained"
-            ) from error
+        except HUB_ERRORS as error:
+            raise _failed(run, repository, error) from error
     return commit.oid
+
+
+def _failed(run: Path, repository: str, error: Exception) -> ConnectionError:
+    return ConnectionError(f"the push to {repository} failed ({error}); the run is whole in {run}: push it again")
 
 
 def model_card(weights: Weights, repository: str) -> ModelCard:
@@ -157,8 +178,9 @@ def model_card(weights: Weights, repository: str) -> ModelCard:
         EvalResult(
             task_type="image-classification",
             dataset_type=metrics["dataset"],
-            dataset_name=f"HEp-2 cells, {metrics['protocol']} protocol, seed {metrics['seed']}",
-            dataset_split="test",
+            # Not the split that the dataset was published with.
+            dataset_name=f"HEp-2 cells, test part of the {metrics['protocol']} protocol, seed {metrics['seed']}",
+            dataset_args={key: metrics[key] for key in ("protocol", "seed", "dataset_fingerprint")},
             metric_type=kind,
             metric_name=f"{MODEL_TITLES[name]} {label}",
             metric_value=round(result[field], 4),
@@ -187,10 +209,13 @@ def _card_text(weights: Weights, repository: str) -> str:
     metrics = weights.metrics
     training = weights.configs["ensemble"]["training"]
     published = training["dataset"] == DEFAULT_DATASET
-    cells, origin = f"`{training['dataset']}`", "none of the published cells"
+    cells, origin = f"`{training['dataset']}`", "Trained on none of the published cells."
     if published:
         cells = f"[{DEFAULT_DATASET}](https://huggingface.co/datasets/{DEFAULT_DATASET})"
-        origin = f"{DEFAULT_DATASET}, from the contests on HEp-2 cell classification at ICPR and ICIP"
+        origin = (
+            f"Cells: {DEFAULT_DATASET} on the Hugging Face Hub, cut out of the slides of the contests on HEp-2 cell\n"
+            "classification at ICPR and ICIP. Please name them, and these weights by their revision."
+        )
     elif is_synthetic(training["dataset"]):
         cells = f"synthetic cells, drawn by a program (`{training['dataset']}`), not for reading real ones"
     rows, classes = "", ""
@@ -235,8 +260,11 @@ settings, each `log.jsonl` every epoch.
 
 ## How to use them
 
+With the package `hep2`, whose version this repository is tagged with:
+
 ```sh
-python -m hep2 classify --weights {repository} cell.png
+python -m hep2 classify --weights {repository} cell.png        # or {repository}@REVISION
+python app.py --weights {repository}
 ```
 
 ## Limits
@@ -244,9 +272,10 @@ python -m hep2 classify --weights {repository} cell.png
 A random split has cells of one specimen on both sides and measures mostly whether a specimen is recognised. Labels
 were given to specimens and inherited by their cells. Intensity (titre) cannot be read. A pattern is not a diagnosis.
 
-## Citation
+## Licence and citation
 
-Cells: {origin}. Licence: MIT.
+These weights: MIT. The cells that they were trained on have terms of their own; see where they are published.
+{origin}
 """
 
 

@@ -291,7 +291,10 @@ def _trained(weights: Weights) -> dict:
 def held_out_examples(
     weights: Weights, cells: Cells, dataset: str | Path, per_class: int = 5
 ) -> dict[str, tuple[str, bytes]]:
-    """Draw cells of each class from the test part of the weights' own split: file name to class name and PNG bytes."""
+    """Draw cells of each class from the test part of the weights' own split: file name to class name and PNG bytes.
+
+    The names are those of the published files, as PNG.
+    """
     test, random = _own_test(weights, cells), np.random.default_rng(_trained(weights)["seed"])
     chosen = [
         random.permutation(test[cells.labels.numpy()[test] == label])[:per_class] for label in range(len(CLASS_NAMES))
@@ -301,9 +304,12 @@ def held_out_examples(
     for published in dataset_files(dataset):
         if published.name in names:
             intensity, _ = read_intensity(published.image)
+            if intensity.max() <= 1:  # floats
+                intensity = 255 * intensity
             file = io.BytesIO()
             Image.fromarray(intensity.astype(np.uint16 if intensity.max() > 255 else np.uint8)).save(file, "PNG")
-            examples[published.name] = (published.class_name, file.getvalue())
+            name = published.name if published.name.lower().endswith(".png") else f"{published.name}.png"
+            examples[name] = (published.class_name, file.getvalue())
     return examples
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from queue import SimpleQueue
 from threading import Lock
 from typing import Generic, NamedTuple, TypeVar
@@ -204,18 +205,21 @@ class Reader:
             raise ValueError(f"a reader needs the ensemble, but only {list(weights.models)} were loaded")
         self.weights = weights
 
-    def read(self, sources: Iterable[tuple[str, ImageSource]]) -> Iterator[Reading | Failure]:
-        """Read (name, image) pairs in order, a batch at a time; an image that cannot be read costs no other."""
-        batch: list[tuple[str, Cell | Failure]] = []
-        for name, source in sources:
-            try:
-                batch.append((name, load_cell(source)))
-            except (ImageError, OSError) as error:
-                batch.append((name, Failure(name, str(error))))
-            if len(batch) == BATCH:
-                yield from self._read_batch(batch)
-                batch = []
-        yield from self._read_batch(batch)
+    def read(
+        self,
+        sources: Iterable[tuple[str, ImageSource]],
+        read_cells: Callable[[Sequence[tuple[str, Cell]]], Iterable[Reading]] | None = None,
+    ) -> Iterator[Reading | Failure]:
+        """Read (name, image) pairs in order, a batch at a time; an image that cannot be read costs no other.
+
+        `read_cells` may stand in for the method of that name, for cells that are read elsewhere than they are decoded.
+        """
+        read_cells = read_cells or self.read_cells
+        for batch in _batches(sources):
+            decoded = [(name, _decoded(name, source)) for name, source in batch]
+            cells = [(name, cell) for name, cell in decoded if isinstance(cell, Cell)]
+            readings = iter(read_cells(cells) if cells else ())
+            yield from (cell if isinstance(cell, Failure) else next(readings) for _, cell in decoded)
 
     def explain(self, name: str, cell: Cell) -> Explanation:
         """Read one cell and say where each model looked, in one forward pass."""
@@ -227,8 +231,9 @@ class Reader:
 
     def read_cells(self, cells: Sequence[tuple[str, Cell]]) -> Iterator[Reading]:
         """Read (name, cell) pairs that are prepared already, in order, a batch at a time."""
-        for start in range(0, len(cells), BATCH):
-            yield from self._read_batch(list(cells[start : start + BATCH]))
+        for batch in _batches(cells):
+            answers = predict(self.weights, torch.from_numpy(np.stack([cell.pixels for _, cell in batch])))
+            yield from (self._reading(name, cell, answers, number) for number, (name, cell) in enumerate(batch))
 
     @property
     def origin(self) -> dict[str, str]:
@@ -239,18 +244,18 @@ class Reader:
         own = {model: values[position] for model, values in answers.probabilities.items()}
         return Reading(name, cell, own, bool(answers.refused[position]), self.origin)
 
-    def _read_batch(self, batch: list[tuple[str, Cell | Failure]]) -> Iterator[Reading | Failure]:
-        cells = [cell for _, cell in batch if isinstance(cell, Cell)]
-        if cells:
-            images = torch.from_numpy(np.stack([cell.pixels for cell in cells]))
-            answers = predict(self.weights, images)
-        position = 0
-        for name, cell in batch:
-            if isinstance(cell, Failure):
-                yield cell
-                continue
-            yield self._reading(name, cell, answers, position)
-            position += 1
+
+def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+    items = iter(items)
+    while batch := list(islice(items, BATCH)):
+        yield batch
+
+
+def _decoded(name: str, source: ImageSource) -> Cell | Failure:
+    try:
+        return load_cell(source)
+    except (ImageError, OSError) as error:
+        return Failure(name, str(error))
 
 
 class Gathering(Generic[T, R]):
@@ -263,7 +268,7 @@ class Gathering(Generic[T, R]):
         self.lock = Lock()
 
     def __call__(self, item: T) -> R:
-        """Return the answer to one item; what the function raises is raised for each item of its list."""
+        """Return the answer to one item, or raise what the function raises for it alone."""
         own: Future[R] = Future()
         self.waiting.put((item, own))
         # While one thread works others queue up here, and the next to come in takes all of them along.
@@ -274,9 +279,14 @@ class Gathering(Generic[T, R]):
 
     def _answer(self, batch: list[tuple[T, Future]]) -> None:
         try:
-            for (_, future), answer in zip(batch, self.function([item for item, _ in batch]), strict=True):
+            answers = self.function([item for item, _ in batch])
+            for (_, future), answer in zip(batch, answers, strict=True):
                 future.set_result(answer)
         except Exception as error:
-            for _, future in batch:
+            if len(batch) == 1:
+                batch[0][1].set_exception(error)
+                return
+            # One item may spoil a list for strangers: each gets a try of its own.
+            for item, future in batch:
                 if not future.done():
-                    future.set_exception(error)
+                    self._answer([(item, future)])

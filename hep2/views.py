@@ -65,7 +65,7 @@ def verdict_html(explanation: Explanation, uploaded: np.ndarray, truth: str = ""
   </div>
   <ul class="doubts">{doubts}</ul>
   <div class="models">{"".join(_bars(reading, name) for name in reading.probabilities)}</div>
-  <details><summary>Where did each model look?</summary>
+  <details class="maps"><summary>Where did each model look?</summary>
     <div class="models">{"".join(_map(explanation, name) for name in reading.probabilities)}</div>
     <p class="small">CNN and ResCNN: what spoke for their class (class activation). ViT: the patches it read (attention
     over all layers). Stack ensemble: the mean of CNN and ViT. Bright is much, dark is little.</p>
@@ -97,8 +97,9 @@ Patterns</a>; the mapping from class to family is ours. A pattern is not a diagn
 
 def failure_html(failure: Failure) -> str:
     """Show why an image could not be read."""
+    title = "This image could not be read" if failure.file else "This could not be done"
     return f"""<section class="reading failed" role="alert"><p class="file">{escape(failure.file)}</p>
-<p class="name">This image could not be read</p><p>{escape(failure.error)}</p></section>"""
+<p class="name">{title}</p><p>{escape(failure.error)}</p></section>"""
 
 
 def counts_html(readings: list[Reading | Failure]) -> str:
@@ -199,7 +200,7 @@ def models_html(weights: Weights) -> str:
 <h3>The weights</h3>
 <p>{escape(weights.source)}, revision <code>{escape(weights.revision)}</code>. {escape(" ".join(weights.notes))}
 Trained on {escape(training["dataset"])} (recipe {escape(training["recipe"])}, {minutes:.0f} minutes in all), divided by
-the protocol {escape(training["protocol"])} with seed {training["seed"]}.</p>
+the protocol {escape(training["protocol"])} with seed {escape(str(training["seed"]))}.</p>
 <h3>How the models do</h3>
 <p>Random split: {size:,} test cells that took no part in training, calibration or stacking, but come from specimens
 that others of their cells were trained on. Held-out specimens: every cell of a specimen kept away from training, as a
@@ -233,8 +234,8 @@ def _specimen_note(weights: Weights) -> str:
         return "<p><strong>Held-out specimens were not measured: expect less on a new patient.</strong></p>"
     blocks = specimen["blocks"]["ensemble"]
     return (
-        f"<p>Over {specimen['folds']} folds, with {specimen_models(specimen)}, the stack ensemble read "
-        f"{blocks['right']} of {blocks['total']} held-out "
+        f"<p>Over {specimen['folds']} folds, with {escape(specimen_models(specimen))}, the stack ensemble read "
+        f"{blocks['right']:d} of {blocks['total']:d} held-out "
         f"specimens right as a whole. {specimen['refused']:.1%} of their cells would get no verdict.</p>"
     )
 

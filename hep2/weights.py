@@ -24,6 +24,7 @@ from hep2.training import write_atomically
 FORMAT = 1
 BUNDLED = Path(__file__).with_name("bundled")
 CONFIG_FIELDS = {"format", "model", "architecture", "labels", "preprocessing", "training", "calibration", "metrics"}
+TRAINING_FIELDS = {"recipe", "protocol", "seed", "fold", "dataset", "dataset_fingerprint"}
 REFUSAL_FIELDS = {"format", "members", "preprocessing", "training"}
 
 
@@ -53,7 +54,10 @@ class Weights:
     def history(self, name: str) -> list[dict]:
         """Return the records of a model's training epochs, or none if they did not travel with it."""
         path = self.folder / name / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        try:
+            return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        except ValueError:  # damaged: no verdict depends on it
+            return []
 
     def examples(self) -> list[tuple[Path, str]]:
         """Return the images of held-out cells that came with the weights, and their labels, in the order of classes."""
@@ -172,21 +176,34 @@ def load_weights(
         refusal = _load_refusal(folder / "refusal", models)
     if refusal is None and "ensemble" in models:
         notes += ("these weights give every image a verdict: they were not taught what is no cell",)
-    metrics_path = folder / "metrics.json"
-    metrics = read_json(metrics_path) if metrics_path.exists() else {}
-    if metrics and not isinstance(metrics.get("models"), dict):
-        raise ValueError(f"{metrics_path}: models is {metrics.get('models')!r}, expected the figures of each model")
     read = [*models, "refusal"] if refusal is not None else list(models)
+    digest = hashlib.sha256("".join(_digest(folder / name) for name in read).encode()).hexdigest()[:12]
+    metrics = _read_metrics(folder / "metrics.json")
+    if set(names) == set(MODELS) and metrics.get("revision", digest) != digest:
+        metrics, notes = {}, (*notes, "the figures in metrics.json are of other weights, and are left out")
     return Weights(
         models=models,
         configs=configs,
         metrics=metrics,
-        source=source or ("bundled" if folder == BUNDLED else str(folder)),
-        revision=revision or hashlib.sha256("".join(_digest(folder / name) for name in read).encode()).hexdigest()[:12],
+        # Answers go to strangers: they learn the folder's name, not where it lies.
+        source=source or ("bundled" if folder == BUNDLED else f"folder {folder.resolve().name}"),
+        revision=revision or digest,
         folder=folder,
         refusal=refusal,
         notes=notes,
     )
+
+
+def _read_metrics(path: Path) -> dict:
+    metrics = read_json(path) if path.exists() else {}
+    if metrics and not isinstance(metrics.get("models"), dict):
+        raise ValueError(f"{path}: models is {metrics.get('models')!r}, expected the figures of each model")
+    for name, figures in metrics.get("models", {}).items():
+        needed = ("accuracy", "mean_class_accuracy", "macro_f1", "ece")
+        numbers = isinstance(figures, dict) and all(isinstance(figures.get(key), (int, float)) for key in needed)
+        if name not in MODELS or not numbers or set(figures.get("per_class", {})) != set(CLASS_NAMES):
+            raise ValueError(f"{path}: models holds no whole figures of {name!r}; measure the weights again")
+    return metrics
 
 
 def specimen_models(specimen: dict) -> str:
@@ -232,6 +249,9 @@ def _read_config(path: Path, name: str) -> dict:
             raise ValueError(
                 f"{path}: {field} is {config[field]!r}, expected {expected!r}; use weights of this version"
             )
+    for field, needed in (("training", TRAINING_FIELDS), ("architecture", set())):
+        if not isinstance(config[field], dict) or not needed <= set(config[field]):
+            raise ValueError(f"{path}: {field} is {config[field]!r}, expected an object with {sorted(needed)}")
     temperature = config["calibration"].get("temperature") if isinstance(config["calibration"], dict) else None
     if not isinstance(temperature, (int, float)) or not temperature > 0:
         raise ValueError(f"{path}: calibration is {config['calibration']!r}, expected a positive temperature")

@@ -45,7 +45,7 @@ class HubServer(ThreadingHTTPServer):
     def reset(self) -> None:
         """Forget everything. A client keeps its connections open, so a new server would not get its requests."""
         self.repositories: dict[str, Repository] = {}
-        self.failures: list[int] = []  # status codes for the next requests
+        self.failures: list[int] = []  # status codes for the next requests; 0 lets one pass
         self.truncations = 0  # of the next downloads
         self.requests: list[tuple[str, str]] = []
 
@@ -68,8 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.requests.append(("POST", self.path))
-        if self.server.failures:
-            self.answer(self.server.failures.pop(0), {"error": "made to fail"})
+        if self.made_to_fail():
+            pass
         elif self.path == "/api/validate-yaml":
             self.validate(json.loads(body))
         elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -81,6 +81,12 @@ class _Handler(BaseHTTPRequestHandler):
             getattr(self, match[2])(match[1], repository, unquote(match[3]), body)
         else:
             self.answer(404, {"error": f"no route {self.path}"})
+
+    def made_to_fail(self) -> bool:
+        status = self.server.failures.pop(0) if self.server.failures else 0
+        if status:
+            self.answer(status, {"error": "made to fail"})
+        return status != 0
 
     def validate(self, body: dict) -> None:
         metadata = yaml.safe_load(body["content"].split("---")[1])
@@ -141,8 +147,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append((self.command, path))
-        if self.server.failures:
-            self.answer(self.server.failures.pop(0), {"error": "made to fail"})
+        if self.made_to_fail():
+            pass
+        elif self.headers.get("Authorization", f"Bearer {TOKEN}") != f"Bearer {TOKEN}":
+            self.answer(401, {"error": "Invalid credentials in Authorization header"})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path):
             if found := self.find(match[1], match[3] or "main"):
                 self.list_files(match[1], *found, tree=match[2] == "tree")
@@ -172,7 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(200, entries)
         else:
             siblings = [{"rfilename": path} for path in files]
-            self.answer(200, {"id": name, "sha": commit, "siblings": siblings, "private": False, "tags": []})
+            private = self.server.repositories[name].private
+            self.answer(200, {"id": name, "sha": commit, "siblings": siblings, "private": private, "tags": []})
 
     def send_file(self, commit: str, files: dict[str, bytes], path: str) -> None:
         if path not in files:

@@ -60,6 +60,15 @@ def test_classify_without_usable_weights_says_so(images, tmp_path, capsys):
     assert "no such folder of weights" in capsys.readouterr().err
 
 
+def test_the_environment_names_the_weights(images, untrained, monkeypatch, capsys):
+    monkeypatch.setenv("HEP2_WEIGHTS", str(untrained))
+    assert main(["classify", images[0], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"]["source"] == f"folder {untrained.name}"
+    monkeypatch.setenv("HEP2_WEIGHTS", "")
+    assert main(["classify", images[0], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"]["source"] == "bundled"
+
+
 def test_classify_reads_the_examples_with_the_bundled_weights(capsys):
     files = [f"examples/{name}/{number}.png" for name in CLASS_NAMES for number in range(1, 6)]
     assert main(["classify", *files, "--json"]) == 0

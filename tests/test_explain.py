@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 
@@ -50,3 +52,24 @@ def test_attention_points_at_the_patch_that_the_class_token_attends_to():
     _, _, maps = look(model, torch.zeros(1, 1, 78, 78))
     row, column = divmod(int(maps[0].argmax()), 78)
     assert (row // 6, column // 6) == (5, 7)
+
+
+def test_look_keeps_to_its_own_cell_while_another_thread_reads_another(phantoms):
+    torch.manual_seed(0)
+    model = build_model("vit").eval()
+    one, other = phantoms.images[:1], phantoms.images[30:31]
+    alone = look(model, one)
+    passes = []
+
+    def read_other(module: torch.nn.Module, inputs: tuple) -> None:
+        if not passes:  # in the midst of the first pass, once
+            passes.append(threading.Thread(target=lambda: model(other)))
+            passes[0].start()
+            passes[0].join()
+
+    handle = model.blocks[2].register_forward_pre_hook(read_other)
+    together = look(model, one)
+    handle.remove()
+    assert passes
+    for values, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(values, expected, rtol=0, atol=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from conftest import HUB_ADDRESS, ROOT, serving_page
+from conftest import HUB_ADDRESS, ROOT, save_untrained, serving_page
 from gradio_client import Client, handle_file
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard, constants
@@ -45,6 +45,10 @@ def run(untrained, tmp_path_factory):
     one = {"accuracy": 0.91234, "mean_class_accuracy": 0.8, "macro_f1": 0.7, "ece": 0.1}
     models = {name: one | {"per_class": dict.fromkeys(classes, result)} for name in MODELS}
     metrics = {"protocol": "clean", "seed": 0, "test_size": 18, "dataset": "phantoms", "models": models}
+    metrics["dataset_fingerprint"] = "0"
+    specimen = {"folds": 4, "recipe": "tuned", "models": models}
+    blocks = {"accuracy": 0.75, "right": 55, "total": 73, "wrong": []}
+    metrics["specimen"] = specimen | {"blocks": dict.fromkeys(MODELS, blocks)}
     write_json(folder / "metrics.json", metrics | {"revision": load_weights(folder).revision})
     (folder / "cnn" / "checkpoint.pt").write_bytes(b"a pickle")
     (folder / "cnn" / "log.jsonl").write_text("{}\n")
@@ -172,7 +176,7 @@ def test_private_repository_needs_the_token(hub, run, monkeypatch):
         open_weights(NAME)
 
 
-def test_push_without_a_good_token_keeps_the_run_and_says_how_to_go_on(hub, run, monkeypatch):
+def test_push_without_a_good_token_keeps_the_run(hub, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(ConnectionError, match=f"the run is whole in {run}: push it again"):
         push(run, NAME, version="1.0.0")
@@ -180,10 +184,61 @@ def test_push_without_a_good_token_keeps_the_run_and_says_how_to_go_on(hub, run,
     push(run, NAME, version="1.0.0")
 
 
+def test_push_sends_nothing_private_to_a_public_repository(hub, run):
+    first = push(run, NAME, version="1.0.0")
+    with pytest.raises(PermissionError, match="is public already: make it private"):
+        push(run, NAME, version="1.1.0", private=True)
+    assert hub.repositories[NAME].refs == {"main": first, "v1.0.0": first}
+
+
+def test_push_leaves_pictures_that_are_not_ours(hub, run):
+    push(run, NAME, version="1.0.0")
+    repository = hub.repositories[NAME]
+    repository.commit(repository.files("main")[1] | {"banner.png": b"\x89PNG", "confusion_old.png": b"\x89PNG"})
+    push(run, NAME, version="1.1.0")
+    assert {"banner.png", "confusion_old.png"} & set(repository.files("main")[1]) == {"banner.png"}
+
+
 def test_pull_waits_for_a_hub_that_is_busy_for_a_moment(hub, run):
     commit = push(run, NAME, version="1.0.0")
     hub.failures = [503]
     assert pull(NAME)[0].name == commit
+
+
+def test_pull_never_takes_an_older_copy_in_silence(hub, run):
+    first, second = push(run, NAME, version="1.0.0"), push(run, NAME, version="1.1.0", examples=EXAMPLES)
+    pull(f"{NAME}@{first}")
+    before = open_weights(NAME)
+    assert (before.revision, before.notes) == (second, ())
+    third = push(run, NAME, version="1.2.0")
+    # The Hub says which commit it is, and fails before it says what lies there.
+    hub.failures = [0, *[503] * 40]
+    weights = open_weights(NAME)
+    assert weights.revision == second != third
+    assert "the cached revision" in weights.notes[0]
+
+
+def test_an_interrupted_download_leaves_the_older_copy_in_use(hub, run):
+    first = push(run, NAME, version="1.0.0")
+    open_weights(NAME)
+    changed = shutil.copytree(run, run.parent / "changed")
+    save_untrained(changed, seed=1)
+    write_json(changed / "metrics.json", load_weights(run).metrics | {"revision": load_weights(changed).revision})
+    push(changed, NAME, version="1.1.0")
+    hub.truncations = 40
+    assert open_weights(NAME).revision == first
+    hub.truncations, hub.failures = 0, [503] * 40
+    weights = open_weights(NAME)
+    assert weights.revision == first
+    assert "the cached revision" in weights.notes[0]
+
+
+def test_pull_with_a_wrong_token_says_so(hub, run, monkeypatch):
+    push(run, NAME, version="1.0.0")
+    open_weights(NAME)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(FileNotFoundError, match="the Hub refuses the token"):
+        open_weights(NAME)
 
 
 def test_pull_takes_the_cached_revision_when_the_hub_is_down_and_says_so(hub, run):
@@ -228,8 +283,19 @@ def test_stage_writes_a_card_that_the_hub_can_read(run, tmp_path):
     assert card.data.model_name == "hep2"
     assert len(card.data.eval_results) == 3 * len(MODELS)
     assert {result.metric_value for result in card.data.eval_results} == {0.9123, 0.8, 0.7}
-    assert "0.9123" in card.text
-    assert "Not for clinical use" in card.text
+    for part in (
+        "0.9123",
+        "Not for clinical use",
+        "Protocol clean, seed 0, 18 test cells",
+        "| Golgi | 0.5000 | 0.5000 | 0.5000 | 3 |",
+        "On held-out specimens, which is what a new patient is like: 4 folds",
+        "reads 55 of 73 specimens right",
+        "calibration error",
+        "## Limits",
+        "## Licence and citation",
+        f"--weights {NAME} cell.png",
+    ):
+        assert part in card.text
     assert not list((tmp_path / "staged").rglob("*.pt"))
 
 
@@ -237,8 +303,9 @@ def test_stage_refuses_a_run_that_was_not_measured_as_it_is(untrained, run, tmp_
     with pytest.raises(FileNotFoundError, match="measure the run"):
         stage(untrained, tmp_path / "staged", NAME)
     other = shutil.copytree(run, tmp_path / "other")
-    for spoil in ({"revision": "another"}, {"models": {"cnn": {}}}):
-        write_json(other / "metrics.json", load_weights(run).metrics | spoil)
+    figures = load_weights(run).metrics
+    for spoil in ({"revision": "another"}, {"models": {"cnn": figures["models"]["cnn"]}}):
+        write_json(other / "metrics.json", figures | spoil)
         with pytest.raises(ValueError, match="not of these four models as they are now: measure the run"):
             stage(other, tmp_path / "staged", NAME)
 
@@ -249,8 +316,17 @@ def test_train_push_serve_and_classify(hub, tmp_path, capsys):
     assert train.main([*arguments, "--dry-run"]) == 0
     assert "examples/Golgi/Golgi-" in capsys.readouterr().out
     assert hub.repositories == {}
+    # The Hub fails; what the message says is then done, and trains nothing again.
+    hub.failures = [500] * 20
     AcceleratorState._reset_state(True)
-    assert train.main(arguments) == 0  # nothing is trained again
+    assert train.main(arguments) == 1
+    hub.failures = []
+    message = capsys.readouterr().err
+    assert "which trains nothing that is trained" in message
+    again = shlex.split(message.strip().splitlines()[-1])
+    assert again[:2] == ["python", "train.py"]
+    AcceleratorState._reset_state(True)
+    assert train.main(again[2:]) == 0
     files = hub.repositories[NAME].files("main")[1]
     assert len([path for path in files if path.startswith("examples/")]) == 30
     with serving_page("--weights", NAME) as page:

@@ -1,3 +1,7 @@
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +9,7 @@ import torch
 from hep2.imaging import Cell, load_cell
 from hep2.patterns import CLASS_NAMES
 from hep2.phantoms import phantom_cell
-from hep2.reader import BATCH, Failure, Reader, Reading, predict
+from hep2.reader import BATCH, Failure, Gathering, Reader, Reading, predict
 from hep2.weights import load_weights
 
 
@@ -93,3 +97,32 @@ def test_explain_gives_the_reading_that_read_gives_and_a_map_of_each_model(reade
     for values in explanation.maps.values():
         assert values.shape == (78, 78)
     np.testing.assert_allclose(explanation.maps["ensemble"], (explanation.maps["cnn"] + explanation.maps["vit"]) / 2)
+
+
+def test_gathering_gives_each_item_a_try_of_its_own_where_a_list_fails():
+    lists = []
+
+    def double(items):
+        lists.append(list(items))
+        if 3 in items:
+            raise ValueError("three")
+        return [2 * item for item in items]
+
+    gathering, first = Gathering(double), threading.Event()
+
+    def slow(items):
+        first.set()
+        gathering.function = double
+        while gathering.waiting.qsize() < 3:
+            time.sleep(0.001)
+        return double(items)
+
+    gathering.function = slow
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(gathering, 1)]
+        first.wait()
+        waiting += [pool.submit(gathering, item) for item in (2, 3, 4)]
+        assert [waiting[place].result() for place in (0, 1, 3)] == [2, 4, 8]
+        with pytest.raises(ValueError, match="three"):
+            waiting[2].result()
+    assert sorted(map(len, lists)) == [1, 1, 1, 1, 3]

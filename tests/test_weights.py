@@ -7,7 +7,8 @@ from conftest import TRAINING, save_untrained
 from safetensors.torch import load_file, save_file
 
 from hep2.models import MODELS, build_model
-from hep2.weights import BUNDLED, load_weights, save_model
+from hep2.patterns import CLASS_NAMES
+from hep2.weights import BUNDLED, load_weights, save_model, write_json
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_load_weights_gives_what_was_saved(tmp_path):
 def test_load_weights_loads_all_models_in_order_and_a_stable_revision(untrained, tmp_path):
     weights = load_weights(untrained)
     assert list(weights.models) == list(MODELS)
-    assert weights.source == str(untrained)
+    assert weights.source == f"folder {untrained.name}"
     assert weights.revision == load_weights(untrained).revision
     assert weights.revision != load_weights(save_untrained(tmp_path, seed=1)).revision
 
@@ -73,6 +74,8 @@ def test_load_weights_of_a_missing_folder_or_an_unknown_model_says_so(tmp_path):
         ({"model": "vit"}, "model is 'vit', expected 'cnn'"),
         ({"labels": ["Golgi", "Centromere", "Homogeneous", "NuMem", "Nucleolar", "Speckled"]}, "labels is"),
         ({"preprocessing": {"image_size": 224}}, "preprocessing is"),
+        ({"training": {}}, "training is {}, expected an object with"),
+        ({"architecture": []}, r"architecture is \[\], expected an object"),
         ({"calibration": {"temperature": 0}}, "positive temperature"),
         ({"calibration": None}, "positive temperature"),
         ({"architecture": {"widths": [1, 2]}}, "four positive whole numbers"),
@@ -110,6 +113,21 @@ def test_load_weights_names_truncated_and_spoilt_tensors(folder):
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"does not fit its config: .*head.bias"):
         load_weights(folder, ("vit",))
+
+
+def test_load_weights_shows_no_figures_that_are_not_of_these_weights(folder):
+    figures = {"accuracy": 1.0, "mean_class_accuracy": 1.0, "macro_f1": 1.0, "ece": 0.0}
+    metrics = {"models": {"cnn": figures | {"per_class": {name: {} for name in CLASS_NAMES}}}}
+    write_json(folder / "metrics.json", metrics | {"revision": load_weights(folder).revision})
+    assert load_weights(folder).metrics["models"]
+    write_json(folder / "metrics.json", metrics | {"revision": "0123456789ab"})
+    weights = load_weights(folder)
+    assert weights.metrics == {}
+    assert any("are of other weights" in note for note in weights.notes)
+    for spoilt in ([], {"cnn": {}}, {"alexnet": metrics["models"]["cnn"]}):
+        write_json(folder / "metrics.json", {"models": spoilt})
+        with pytest.raises(ValueError, match=r"metrics.json: models"):
+            load_weights(folder)
 
 
 def test_load_weights_refuses_an_ensemble_of_other_members(folder, tmp_path):
