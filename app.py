@@ -86,27 +86,39 @@ THEME = gr.themes.Soft(
     checkbox_label_background_fill_selected="*primary_700",
     checkbox_label_background_fill_selected_dark="*primary_800",
 )
-# Gradio's file box takes drops and choices; a pasted image is handed to it here.
-PASTE = """
-() => document.addEventListener("paste", (event) => {
-  const files = event.clipboardData && event.clipboardData.files;
-  const boxes = [...document.querySelectorAll("#upload, #upload-many, #upload-field")];
-  const input = boxes.find((box) => box.checkVisibility())?.querySelector("input[type=file]");
-  if (files && files.length && input) {
-    input.files = files;
-    input.dispatchEvent(new Event("change", { bubbles: true }));
-  }
-}) || document.addEventListener("click", (event) => {
-  const summary = event.target.closest("#result .maps summary");
-  if (summary) summary.closest("#result").dataset.maps = summary.parentElement.open ? "" : "open";
-  // A cell in a field leads to its card on this page, whatever the address is.
-  const link = event.target.closest("#specimen a[href^='#']");
-  if (link) {
-    event.preventDefault();
-    window.location.hash = link.getAttribute("href");
-  }
-})
-"""
+SCRIPT = """() => {
+  // Gradio's file box takes drops and choices; a pasted image is handed to it here.
+  document.addEventListener("paste", (event) => {
+    const files = event.clipboardData && event.clipboardData.files;
+    const boxes = [...document.querySelectorAll("#upload, #upload-many, #upload-field")];
+    const input = boxes.find((box) => box.checkVisibility())?.querySelector("input[type=file]");
+    if (files && files.length && input) {
+      input.files = files;
+      input.dispatchEvent(new Event("change", { bubbles: true }));
+    }
+  });
+  document.addEventListener("click", (event) => {
+    const summary = event.target.closest("#result .maps summary");
+    if (summary) summary.closest("#result").dataset.maps = summary.parentElement.open ? "" : "open";
+    // A cell in a field leads to its card on this page, whatever the address is.
+    const link = event.target.closest("#specimen a[href^='#']");
+    if (link) {
+      event.preventDefault();
+      window.location.hash = link.getAttribute("href");
+    }
+  });
+  // Gradio calls its thumbnails "Thumbnail 7 of 30": who cannot see them wants to hear what they show.
+  const named = setInterval(() => {
+    const thumbnails = document.querySelectorAll("#examples button[aria-label^='Thumbnail']");
+    const seen = {};
+    for (const thumbnail of thumbnails) {
+      const caption = thumbnail.textContent.trim();
+      seen[caption] = (seen[caption] || 0) + 1;
+      thumbnail.setAttribute("aria-label", `Read example ${caption} ${seen[caption]}`);
+    }
+    if (thumbnails.length) clearInterval(named);
+  }, 200);
+}"""
 
 # Maps that were unfolded stay so for the next cell. On a phone the reading lies below what was clicked.
 SHOW = """() => {
@@ -380,7 +392,7 @@ def build(page: Page, first: str) -> gr.Blocks:
     titles = [(title, name) for name, title in MODEL_TITLES.items()]
     with Blocks(title=TITLE, analytics_enabled=False, delete_cache=KEPT) as blocks:
         gr.Markdown(INTRODUCTION)
-        with gr.Tabs() as tabs:
+        with gr.Tabs(overflow_behavior="wrap") as tabs:
             with gr.Tab("One cell", id="one"), gr.Row():
                 with gr.Column(scale=5, min_width=320):
                     upload = gr.File(label=UPLOAD_LABEL, file_count="multiple", elem_id="upload", height=170)
@@ -501,7 +513,7 @@ def main(argv: list[str] | None = None) -> int:
                 server_port=arguments.port,
                 theme=THEME,
                 css_paths=CSS,
-                js=PASTE,
+                js=SCRIPT,
                 footer_links=["api"],
                 run_history=False,
                 enable_monitoring=False,

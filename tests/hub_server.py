@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-import yaml
-
 TOKEN = "hf_a_token_that_is_good_here"
 
 
 @dataclass
 class Repository:
     private: bool = False
+    settings: dict = field(default_factory=dict)  # what it was created with
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # by commit: path to content
     refs: dict[str, str] = field(default_factory=dict)  # branches and tags to commits
 
@@ -89,8 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
         return status != 0
 
     def validate(self, body: dict) -> None:
-        metadata = yaml.safe_load(body["content"].split("---")[1])
-        errors = [] if isinstance(metadata, dict) and "license" in metadata else [{"message": "no license"}]
+        errors = [] if re.search("^license: .", body["content"].split("---")[1], re.M) else [{"message": "no license"}]
         self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def create(self, body: dict) -> None:
@@ -100,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(409, {"error": "You already created this model repo", "url": url})
             return
         private = body.get("private") or body.get("visibility") == "private"
-        self.server.repositories[name] = Repository(private=bool(private))
+        self.server.repositories[name] = Repository(private=bool(private), settings=body)
         self.server.repositories[name].commit({".gitattributes": b""})
         self.answer(200, {"url": url, "name": name, "id": name})
 

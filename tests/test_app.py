@@ -1,6 +1,8 @@
 import io
 import json
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -320,3 +322,17 @@ def test_readme_carries_a_complete_space_configuration():
     (gradio,) = (line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("gradio"))
     assert Requirement(gradio).specifier.contains(space["sdk_version"])
     assert space["python_version"] == "3.12"
+
+
+@pytest.mark.parametrize("language", ["python", "sh"])
+def test_the_readmes_clients_work_as_they_stand(address, language):
+    section = (ROOT / "README.md").read_text().partition("## The page and its API")[2].partition("\n## ")[0]
+    (code,) = re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    assert "127.0.0.1:7860" in code
+    code = code.replace("http://127.0.0.1:7860/", address)
+    command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
+    if language == "sh" and shutil.which("curl") is None:
+        pytest.skip("there is no curl")
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"['\"]verdict['\"]: ", output)
+    assert re.search(r"['\"]file['\"]: ['\"]1.png['\"]", output)

@@ -93,6 +93,10 @@ def test_the_readmes_commands_make_a_space(hub, tmp_path):
     hf = str(Path(sys.executable).with_name("hf"))
     for command in (create, upload):
         subprocess.run([hf, *shlex.split(command)[1:]], cwd=fork, check=True, capture_output=True)
+    settings = hub.repositories["lab/cells"].settings
+    assert (settings["sdk"], settings["hardware"]) == ("gradio", "zero-a10g")
+    assert settings["variables"] == [{"key": "HEP2_WEIGHTS", "value": "OWNER/NAME"}]
+    assert settings["secrets"] == [{"key": "HF_TOKEN", "value": TOKEN}]
     _, files = hub.repositories["lab/cells"].files("main")
     assert {"app.py", "README.md", "requirements.txt", "hep2/models.py", "hep2/views.css"} <= set(files)
     assert "examples/Golgi/1.png" in files

@@ -97,6 +97,32 @@ def test_an_example_can_be_read_by_keyboard(visit):
     wait_for_reading(page, "Centromere 2")
 
 
+def test_of_two_quick_clicks_the_last_one_counts(visit):
+    page = visit()
+    examples = page.locator("#examples button")
+    examples.nth(7).click()
+    examples.nth(12).click()
+    wait_for_reading(page, "Homogeneous 3")
+
+
+def test_the_examples_are_named_for_those_who_hear_the_page(visit):
+    page = visit()
+    page.get_by_role("button", name="Read example Golgi 2", exact=True).click()
+    wait_for_reading(page, "Golgi 2")
+
+
+def test_nothing_is_kept_in_the_browser(visit):
+    page = visit()
+    give(page, ("mine.png", encoded(cell(), "PNG")))
+    wait_for_reading(page, "mine.png")
+    kept = page.evaluate("""async () => [
+      Object.entries(localStorage), Object.entries(sessionStorage), document.cookie,
+      (await indexedDB.databases()).map((database) => database.name),
+    ]""")
+    assert "mine" not in str(kept)
+    assert kept[3] == []
+
+
 def test_nothing_jumps_when_a_reading_arrives(visit):
     page = visit()
 
@@ -121,10 +147,16 @@ def test_the_choice_of_models_hides_bars_and_keeps_the_cell(visit):
     playwright.expect(titles).to_have_text(["CNN", "ResCNN", "Stack ensemble"])
 
 
-def test_maps_open_on_demand_and_every_image_has_a_text(visit):
+def test_maps_open_on_demand_and_stay_open_and_every_image_has_a_text(visit):
     page = visit()
     page.get_by_text("Where did each model look?").click()
-    assert page.get_by_alt_text("Map of what ViT looked at").is_visible()
+    maps = page.get_by_alt_text("Map of what ViT looked at")
+    assert maps.is_visible()
+    click_example(page, 8)
+    playwright.expect(maps).to_be_visible()
+    page.get_by_text("Where did each model look?").click()
+    click_example(page, 9)
+    playwright.expect(maps).to_be_hidden()
     assert page.eval_on_selector_all("img", "images => images.filter(image => !image.alt).length") == 0
 
 
@@ -228,11 +260,31 @@ def test_the_models_tab_shows_results_confusion_and_curves(visit):
 @pytest.mark.parametrize("width", [390, 1440])
 def test_no_width_scrolls_sideways_and_every_text_has_contrast_aa(visit, scheme, width):
     page = visit(color_scheme=scheme, viewport={"width": width, "height": 900})
-    for tab in ("One cell", "Many cells", "Models"):
-        page.get_by_role("tab", name=tab).click()
+
+    def check() -> None:
         page.wait_for_timeout(400)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(Path(ROOT / "tests/contrast.js").read_text()) == []
+
+    for tab in ("One cell", "Many cells", "A field", "Models"):
+        page.get_by_role("tab", name=tab).click()
+        check()
+    # And filled: a failure, a refusal, a table with both, a field with its cells.
+    stripes = np.tile(np.repeat([0, 255], 6), (78, 7))[:, :78].astype(np.uint8)
+    page.get_by_role("tab", name="One cell").click()
+    for name, data in (("letter.pdf", b"%PDF-1.7"), ("stripes.png", encoded(stripes, "PNG"))):
+        give(page, (name, data))
+        wait_for_reading(page, name)
+        check()
+    assert page.locator(".reading .name").first.inner_text() == "No verdict"
+    give(page, ("letter.pdf", b"%PDF-1.7"), ("stripes.png", encoded(stripes, "PNG")), ("a.png", encoded(cell(), "PNG")))
+    playwright.expect(page.locator("#counts h3")).to_have_text("2 cells", timeout=60_000)
+    check()
+    page.get_by_role("tab", name="A field").click()
+    field, _ = phantom_field("NuMem", np.random.default_rng(0), shape=(480, 640), nucleus=60.0)
+    give(page, ("field.png", encoded(field, "PNG")), box="upload-field")
+    page.wait_for_selector("#specimen .name", timeout=60_000)
+    check()
 
 
 def test_a_field_shows_its_cells_outlined_and_one_by_one(visit):
