@@ -19,6 +19,7 @@ ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MAX_PIXELS = 50_000_000
+MOST_CLIPPED = 0.05  # share of the pixels at the brightest value; published cells have up to 0.04
 CHANNEL_NAMES = ("red", "green", "blue")
 
 TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -252,4 +253,9 @@ def _doubts(intensity: np.ndarray) -> list[str]:
         )
     if max(rows, columns) > 2 * min(rows, columns):
         doubts.append(f"the image is far from square ({rows} x {columns} pixels): is it one cell?")
+    brightest = float((intensity == intensity.max()).mean())
+    if brightest > MOST_CLIPPED:
+        doubts.append(
+            f"{brightest:.0%} of the pixels are at the brightest value: light was clipped, and texture is lost with it"
+        )
     return doubts

@@ -127,6 +127,8 @@ def test_load_cell_doubts_small_and_long_images():
     rng = np.random.default_rng(0)
     assert "small (20 x 20 pixels)" in load_cell(rng.random((20, 20))).warnings[0]
     assert "far from square" in load_cell(rng.random((100, 300))).warnings[0]
+    assert load_cell(CELL).warnings == ()
+    assert "10% of the pixels are at the brightest value" in load_cell(CELL.clip(0, np.quantile(CELL, 0.9))).warnings[0]
 
 
 def test_load_cell_takes_arrays_pillow_images_paths_and_open_files(tmp_path):
