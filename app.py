@@ -429,9 +429,9 @@ def build(page: Page, first: str) -> gr.Blocks:
                 download = gr.File(label="All readings as CSV", interactive=False, elem_id="download")
             with gr.Tab("A field", id="field"):
                 gr.Markdown(FIELD_TEXT)
-                scale = gr.Number(
-                    0, label="Micrometres a pixel; 0 if not known. Enter reads again", minimum=0, step=0.01
-                )
+                with gr.Row(equal_height=True):
+                    scale = gr.Number(0, label="Micrometres a pixel; 0 if not known", step=0.01, scale=3)
+                    again = gr.Button("Read again with this", scale=1)
                 field = gr.File(
                     label="Fields of one specimen", file_count="multiple", elem_id="upload-field", height=170
                 )
@@ -445,7 +445,8 @@ def build(page: Page, first: str) -> gr.Blocks:
 
         # Events that serve the page alone are no part of the API.
         private = {"api_visibility": "private"}
-        select = {"show_progress": "hidden", "trigger_mode": "always_last"}  # the last click is the one that counts
+        # Answered in their order: kept back till the first is answered, a second click would ask for the first again.
+        select = {"show_progress": "hidden", "trigger_mode": "multiple"}
         gallery.select(page.show_example, None, result, **select, **private).then(None, None, None, js=SHOW, **private)
         shown.change(None, shown, None, js=CHOOSE, **private)
         read_many = {"fn": page.read_many, "outputs": [table, counts, download], "show_progress_on": counts, **private}
@@ -456,7 +457,7 @@ def build(page: Page, first: str) -> gr.Blocks:
         # Given here, handed over by the other tab, or taken out of the list: what is shown follows the list.
         many.change(inputs=many, **read_many)
         gr.on(
-            [field.change, scale.submit],
+            [field.change, scale.submit, again.click],
             page.read_specimen,
             [field, scale],
             [specimen_result, specimen_table, specimen_pictures],

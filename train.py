@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
             # Those that lie there from before are measured with the others, so that metrics.json has them all.
             trained = tuple(name for name in MODELS if (arguments.output / name / "config.json").exists())
             weights = load_weights(arguments.output, trained)
-            print(comparison_table(evaluate_weights(weights, cells, arguments.output)["models"]))
+            print(comparison_table(evaluate_weights(weights, cells, arguments.output)["models"], cells.source))
             if arguments.push:
                 _push(arguments, cells, sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -290,7 +290,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             f"{result['trained_on_fingerprint']}): whether they have seen some of these cells cannot be told\n"
         )
     print(f"protocol {result['protocol']}, seed {result['seed']}, {result['test_size']:,} test cells\n")
-    print(comparison_table(result["models"]))
+    print(comparison_table(result["models"], result["dataset"]))
     print(f"\n{result['refused']:.1%} of the cells would get no verdict; the figures count them all the same.")
     print(f"\nStack ensemble, class by class\n{class_report(result['models']['ensemble'])}")
     print(f"\nmetrics.json, predictions.csv and figures are in {arguments.output}")

@@ -11,7 +11,7 @@ from skimage import feature, filters, measure, morphology, segmentation, transfo
 
 from hep2.imaging import Cell, ImageError, prepare
 from hep2.patterns import CLASS_NAMES, IMAGE_SIZE, PATTERNS
-from hep2.reader import DIGITS, Reader, Reading
+from hep2.reader import DIGITS, LOW_CONFIDENCE, Reader, Reading
 
 if TYPE_CHECKING:
     from skimage.measure._regionprops import RegionProperties
@@ -376,6 +376,12 @@ def read_specimen(
     # A field without cells says nothing of how they are stained.
     stained = float(np.mean([one.stained for one in found if one.cells] or [0.0]))
     pooled = _pool(read, faint, stained)
+    if not read and pixel_size:
+        expected = NUCLEUS_MICRONS / pixel_size
+        warnings.append(
+            f"with {pixel_size:g} micrometres a pixel nuclei would be {expected:.0f} pixels across: leave the size "
+            "out if unsure"
+        )
     pooled["warnings"] = warnings + pooled["warnings"]
     return SpecimenReading(files=names, cells=read, weights=reader.origin, **pooled)
 
@@ -426,6 +432,8 @@ def _pool(cells: list[CellReading], faint: bool, stained: float) -> dict:
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     first, next_one = mean.argsort()[::-1][:2]
     warnings = []
+    if mean[first] < LOW_CONFIDENCE:
+        warnings.append(f"low confidence: the verdict has a probability of {mean[first]:.0%}")
     if len(counted) < FEW:
         warnings.append(f"only {len(counted)} cells were read: the verdict rests on few")
     second = CLASS_NAMES[next_one] if low[next_one] > SECOND else None

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -28,6 +28,8 @@ WRITTEN = [*READ, "confusion_*.png", "reliability_*.png", "*/curves.png", "speci
 # What a request to the Hub can end in: large files have protocols of their own, with errors of their own.
 HUB_ERRORS = (HfHubHTTPError, HFValidationError, httpx2.HTTPError, OSError, RuntimeError, ValueError)
 TRIES = 3
+SPLIT_LIMIT = """A random split has cells of one specimen on both sides and measures mostly whether a specimen is
+recognised. Labels were given to specimens and inherited by their cells. """
 
 
 def open_weights(name: str | Path | None = None) -> Weights:
@@ -76,12 +78,14 @@ def pull(name: str) -> tuple[Path, tuple[str, ...]]:
             raise FileNotFoundError(
                 f"the Hub refuses the token for {repository}: set HF_TOKEN to one that is good, or unset it"
             ) from error
-        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else f"the Hub failed ({error})"
+        offline = isinstance(error, OfflineModeIsEnabled)
+        reason = "HF_HUB_OFFLINE is set" if offline else f"the Hub at {constants.ENDPOINT} failed ({error})"
+        then = "unset it" if offline else "try again later"
     try:
         folder = snapshot_download(repository, revision=revision or None, allow_patterns=READ, local_files_only=True)
     except (LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"{name} is no folder here; {reason}, and no whole copy is cached: try again later, or {instead}"
+            f"{name} is no folder here; {reason}, and no whole copy is cached: {then}, or {instead}"
         ) from error
     return Path(folder), (f"{reason}: the cached revision of {repository} answers",)
 
@@ -168,7 +172,9 @@ def push(
 
 
 def _failed(run: Path, repository: str, error: Exception) -> ConnectionError:
-    return ConnectionError(f"the push to {repository} failed ({error}); the run is whole in {run}: push it again")
+    return ConnectionError(
+        f"the push to {repository} at {constants.ENDPOINT} failed ({error}); the run is whole in {run}: push it again"
+    )
 
 
 def model_card(weights: Weights, repository: str) -> ModelCard:
@@ -209,15 +215,19 @@ def _card_text(weights: Weights, repository: str) -> str:
     metrics = weights.metrics
     training = weights.configs["ensemble"]["training"]
     published = training["dataset"] == DEFAULT_DATASET
-    cells, origin = f"`{training['dataset']}`", "Trained on none of the published cells."
+    cells, origin = f"`{training['dataset']}`", "They were trained on none of the published cells."
     if published:
         cells = f"[{DEFAULT_DATASET}](https://huggingface.co/datasets/{DEFAULT_DATASET})"
         origin = (
-            f"Cells: {DEFAULT_DATASET} on the Hugging Face Hub, cut out of the slides of the contests on HEp-2 cell\n"
-            "classification at ICPR and ICIP. Please name them, and these weights by their revision."
+            f"The cells have terms of their own: {DEFAULT_DATASET} on the Hugging Face Hub,\ncut out of the slides of "
+            "the contests on HEp-2 cell classification at ICPR and ICIP. Please name them,\nand these weights by their "
+            "revision."
         )
     elif is_synthetic(training["dataset"]):
-        cells = f"synthetic cells, drawn by a program (`{training['dataset']}`), not for reading real ones"
+        cells = f"synthetic cells, drawn by a program (`{training['dataset']}`)"
+    synthetic = is_synthetic(training["dataset"])
+    drawn = "\n\n**Trained on synthetic cells, drawn by a program: not for reading real ones.**" if synthetic else ""
+    limit = "" if synthetic else SPLIT_LIMIT
     rows, classes = "", ""
     for name in MODELS:
         ours = metrics["models"][name]
@@ -233,7 +243,7 @@ def _card_text(weights: Weights, repository: str) -> str:
 # {repository}: the staining pattern of a HEp-2 cell, read by four models
 
 A CNN, a ResCNN, a vision transformer and a stack ensemble read one cell image, 1 x 78 x 78, as Centromere, Golgi,
-Homogeneous, NuMem, Nucleolar or Speckled. **Not for clinical use.**
+Homogeneous, NuMem, Nucleolar or Speckled, or say that it shows no such cell. **Not for clinical use.**{drawn}
 
 ## How they do
 
@@ -269,13 +279,11 @@ python app.py --weights {repository}
 
 ## Limits
 
-A random split has cells of one specimen on both sides and measures mostly whether a specimen is recognised. Labels
-were given to specimens and inherited by their cells. Intensity (titre) cannot be read. A pattern is not a diagnosis.
+{limit}Intensity (titre) cannot be read. A pattern is not a diagnosis.
 
 ## Licence and citation
 
-These weights: MIT. The cells that they were trained on have terms of their own; see where they are published.
-{origin}
+These weights: MIT. {origin}
 """
 
 

@@ -49,7 +49,7 @@ def verdict_html(explanation: Explanation, uploaded: np.ndarray, truth: str = ""
     """Show one reading: images, verdict, doubts, bars of all models, maps, and what the pattern means."""
     reading = explanation.reading
     cell = reading.cell.pixels[0]
-    doubts = "".join(f"<li>{escape(doubt[0].upper() + doubt[1:])}.</li>" for doubt in reading.warnings)
+    doubts = "".join(f"<li>{escape(_sentence(doubt))}</li>" for doubt in reading.warnings)
     return f"""
 <section class="reading" aria-label="Reading of {escape(reading.file)}">
   <div class="top">
@@ -72,6 +72,10 @@ def verdict_html(explanation: Explanation, uploaded: np.ndarray, truth: str = ""
   </details>
   {"" if reading.refused else meaning_html(reading.verdict)}
 </section>"""
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + ("" if text.endswith("?") else ".")
 
 
 def _headline(reading: Reading) -> str:
@@ -133,7 +137,7 @@ def specimen_html(specimen: SpecimenReading, fields: list[np.ndarray]) -> str:
     others = {"refused": (answer["refused"], "#999999"), "mitotic": (answer["mitotic"], "#FF0000")}
     rows = {name: (count, COLOURS[name]) for name, count in specimen.counts.items()} | others
     counts = "".join(_bar(name, count / most, str(count), colour) for name, (count, colour) in rows.items())
-    doubts = "".join(f"<li>{escape(text[0].upper() + text[1:])}.</li>" for text in specimen.warnings)
+    doubts = "".join(f"<li>{escape(_sentence(text))}</li>" for text in specimen.warnings)
     pictures = "".join(_field_picture(specimen, number, field) for number, field in enumerate(fields))
     order = sorted(range(len(specimen.cells)), key=lambda number: _certainty(specimen.cells[number]))
     gallery = "".join(_cell_card(specimen.cells[number], number) for number in order[:MOST_CARDS])
@@ -234,9 +238,10 @@ def _specimen_note(weights: Weights) -> str:
         return "<p><strong>Held-out specimens were not measured: expect less on a new patient.</strong></p>"
     blocks = specimen["blocks"]["ensemble"]
     return (
-        f"<p>Over {specimen['folds']} folds, with {escape(specimen_models(specimen))}, the stack ensemble read "
-        f"{blocks['right']:d} of {blocks['total']:d} held-out "
-        f"specimens right as a whole. {specimen['refused']:.1%} of their cells would get no verdict.</p>"
+        "<p>The held-out figures are not of the models that answer here, but of "
+        f"{escape(specimen_models(specimen))}, over {specimen['folds']} folds. Their stack ensemble read "
+        f"{blocks['right']:d} of {blocks['total']:d} held-out specimens right as a whole; {specimen['refused']:.1%} of "
+        "their cells would get no verdict.</p>"
     )
 
 

@@ -99,9 +99,15 @@ def test_an_example_can_be_read_by_keyboard(visit):
 
 def test_of_two_quick_clicks_the_last_one_counts(visit):
     page = visit()
+    # On a slow line the second click comes while the first is being answered.
+    network = page.context.new_cdp_session(page)
+    slow = {"offline": False, "latency": 700, "downloadThroughput": -1, "uploadThroughput": -1}
+    network.send("Network.emulateNetworkConditions", slow)
     examples = page.locator("#examples button")
     examples.nth(7).click()
     examples.nth(12).click()
+    wait_for_reading(page, "Homogeneous 3")
+    page.wait_for_timeout(2_000)
     wait_for_reading(page, "Homogeneous 3")
 
 
