@@ -103,7 +103,9 @@ def test_train_and_evaluate_from_phantoms_to_a_verdict(images, tmp_path, capsys)
             "model.safetensors",
         }
     assert main(["evaluate", "--dataset", "phantoms:40", "--weights", str(run), "--output", str(tmp_path / "e")]) == 0
-    assert "the source's" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "Stack ensemble" in table
+    assert "the source's" not in table  # whose figures are of other cells
     for file in ("metrics.json", "predictions.csv", "confusion_vit.png", "reliability_ensemble.png"):
         assert (tmp_path / "e" / file).read_bytes() == (run / file).read_bytes()
     result = json.loads((run / "metrics.json").read_text())

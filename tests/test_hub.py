@@ -320,7 +320,7 @@ def test_train_push_serve_and_classify(hub, tmp_path, capsys):
     assert "examples/Golgi/Golgi-" in capsys.readouterr().out
     assert hub.repositories == {}
     # The Hub fails; what the message says is then done, and trains nothing again.
-    hub.failures = [500] * 20
+    hub.failures = [403] * 20
     AcceleratorState._reset_state(True)
     assert train.main(arguments) == 1
     hub.failures = []
