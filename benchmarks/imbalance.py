@@ -3,7 +3,7 @@
     pip install imbalanced-learn
     python -m benchmarks.imbalance --dataset … --output runs/imbalance [--only NAME …] [--seeds 0 1 2]
 
-The CNN by the recipe `tuned` without specimen supervision, ten epochs, on the clean protocol's split of each
+The CNN by the recipe `sharp` without specimen supervision, ten epochs, on the clean protocol's split of each
 seed, measured on its validation part: what is chosen here is not chosen by a test cell. SMOTE draws its cells between
 neighbours of the train part alone. One run takes some eight minutes of one core; what is finished is not repeated.
 Prints a table in Markdown, mean ± standard deviation over the seeds; the one in README.md beside this file is it.
@@ -25,7 +25,7 @@ from hep2.patterns import DEFAULT_DATASET, IMAGE_SIZE
 from hep2.recipes import RECIPES
 from hep2.training import Examples, fit, predict_logits
 
-PLAIN = replace(RECIPES["tuned"]["cnn"], epochs=10, specimen_supervision=False)
+PLAIN = replace(RECIPES["sharp"]["cnn"], epochs=10, specimen_supervision=False)
 REMEDIES = {
     "none": PLAIN,
     "class weights": replace(PLAIN, class_balance="weights"),

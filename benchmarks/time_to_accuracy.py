@@ -2,7 +2,7 @@
 
     python -m benchmarks.time_to_accuracy --dataset … [--epochs 8] [--goal 0.95]
 
-The recipe `tuned` in a short cycle, without specimen supervision. Seconds are those of the epochs,
+The recipe `sharp` in a short cycle, without specimen supervision. Seconds are those of the epochs,
 augmentation and validation included; loading the cells and starting PyTorch come before. Prints a line an epoch.
 """
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     cells = load_cells(arguments.dataset)
     parts = split(cells, "clean", arguments.seed)
     train, validation = (Examples(cells.images[part], cells.labels[part]) for part in (parts.train, parts.validation))
-    recipe = replace(RECIPES["tuned"]["cnn"], epochs=arguments.epochs, specimen_supervision=False)
+    recipe = replace(RECIPES["sharp"]["cnn"], epochs=arguments.epochs, specimen_supervision=False)
     torch.manual_seed(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()

@@ -213,8 +213,9 @@ def first_answer(name: str, image: str, weights: str) -> None:
 
 
 def measure_training(names: tuple[str, ...] = ("cnn", "rescnn", "vit"), batches: int = 12) -> dict[str, dict]:
-    """Measure the tuned recipe's training on phantoms, the mixed precision of `train.py`, a batch after the other.
+    """Measure the tuned recipe's training on phantoms, as in its finish, a batch after the other.
 
+    It takes the mixed precision of `train.py`.
     Returns for each model images a second, the share of the time that augmentation takes, and the share of the bound:
     three forward passes' multiply-adds an image at the machine's rate of matrix multiplication at that precision.
     """

@@ -265,9 +265,9 @@ class StackEnsemble(nn.Module):
 class Refusal(nn.Module):
     """Scores what some models see in an image, their pooled features side by side: (batch, features) to (batch,).
 
-    `members` names the models. A linear layer on standardised features. An image that scores below `threshold` is
-    refused. Learning from images that are no cells is outlier exposure (Hendrycks et al. 2019); that one layer on the
-    features will do is our finding.
+    `members` names the models. A linear layer on standardised features: the sum of one for each member. An image that
+    scores below `threshold` is refused. Learning from images that are no cells is outlier exposure (Hendrycks et al.
+    2019); that one layer on the features will do is our finding.
     """
 
     def __init__(self, members: tuple[str, ...], features: int) -> None:

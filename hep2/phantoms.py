@@ -213,11 +213,13 @@ def _homogeneous(nucleus: Nucleus, random: Random) -> np.ndarray:
 
 
 def _numem(nucleus: Nucleus, random: Random) -> np.ndarray:
+    # A bright rim round an evenly grainy nucleus, in a faint cytoplasm.
     shape = nucleus.depth.shape
     uneven = 1 + 0.15 * grain(shape, 3.0, random)
     rim = np.exp(-((nucleus.depth - 1.5) ** 2) / (2 * random.uniform(1.0, 1.5) ** 2)) * uneven
-    inner = random.uniform(0.25, 0.45) * (1 + 0.1 * grain(shape, 1.5, random))
-    return rim + nucleus.inside * inner
+    inner = random.uniform(0.35, 0.55) * (1 + 0.1 * grain(shape, 1.5, random))
+    cytoplasm = random.uniform(0.05, 0.15) * np.exp(np.minimum(nucleus.depth, 0) / 10)
+    return rim + nucleus.inside * inner + (1 - nucleus.inside) * cytoplasm * (1 + 0.3 * grain(shape, 1.5, random))
 
 
 def _nucleolar(nucleus: Nucleus, random: Random) -> np.ndarray:
@@ -236,11 +238,11 @@ def _speckled(nucleus: Nucleus, random: Random) -> np.ndarray:
     # Grains of uneven brightness throughout the nucleus, few of them very bright, the nucleoli left out, and a dim
     # grainy cytoplasm.
     shape = nucleus.depth.shape
-    fine = np.exp(random.uniform(0.45, 0.6) * grain(shape, random.uniform(0.8, 1.4), random))
+    fine = np.exp(random.uniform(0.38, 0.48) * grain(shape, random.uniform(0.75, 1.1), random))
     coarse = np.exp(0.25 * grain(shape, 4.0, random))
-    nucleoli = _scatter(nucleus, random.integers(2, 5), 0.65, random, apart=12.0)
-    holes = spots(shape, nucleoli, random.uniform(2.5, 4.0, len(nucleoli)), random.uniform(0.7, 0.95, len(nucleoli)))
-    body = _dome(nucleus, 0.5, random.uniform(2.5, 4.0)) * fine * coarse * (1 - np.clip(holes, 0, 0.9))
+    nucleoli = _scatter(nucleus, random.integers(2, 5), 0.6, random, apart=13.0)
+    holes = spots(shape, nucleoli, random.uniform(3.0, 4.2, len(nucleoli)), random.uniform(0.8, 1.0, len(nucleoli)))
+    body = _dome(nucleus, 0.35, random.uniform(1.8, 2.8)) * fine * coarse * (1 - np.clip(holes, 0, 0.9))
     cytoplasm = random.uniform(0.06, 0.2) * np.exp(np.minimum(nucleus.depth, 0) / 10)
     return (body + cytoplasm * (1 + 0.3 * grain(shape, 1.5, random))) / 2
 

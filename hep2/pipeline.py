@@ -163,13 +163,14 @@ def train_refusal(cells: Cells, parts: Split, output: Path, origin: dict) -> Non
     weights = load_weights(output, members, with_refusal=False)
 
     @torch.inference_mode()
-    def features_of(images: torch.Tensor) -> torch.Tensor:
-        batches = images.split(64)
-        every = ([model.pool(model.forward_features(batch)) for batch in batches] for model in weights.models.values())
-        return torch.cat([torch.cat(features) for features in every], dim=1).clone()
+    def features_of(images: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            torch.cat([model.pool(model.forward_features(batch)) for batch in images.split(64)])
+            for model in weights.models.values()
+        ]
 
-    train, validation = cells.images[parts.train], cells.images[parts.validation]
-    refusal = fit_refusal(members, features_of, train, validation, origin["seed"])
+    train, validation = _examples(cells, parts.train), cells.images[parts.validation]
+    refusal = fit_refusal(members, features_of, train.inputs, train.labels, validation, origin["seed"])
     save_refusal(output, refusal, members, training=origin)
 
 
