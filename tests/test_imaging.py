@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from hep2.imaging import load_cell, prepare, read_intensity
+from hep2.patterns import CLASS_NAMES
 from hep2.phantoms import phantom_cell
 
 CELL = phantom_cell("Speckled", np.random.default_rng(1))
@@ -193,3 +195,11 @@ def test_load_cell_of_damaged_files_answers_or_raises_value_error(form):
 def test_read_intensity_keeps_the_units_of_the_file():
     intensity, _ = read_intensity(encoded(np.uint16(CELL) + 300, "PNG"))
     np.testing.assert_array_equal(intensity, CELL + 300.0)
+
+
+@pytest.mark.parametrize("name", CLASS_NAMES)
+def test_a_blurred_cell_is_called_out_of_focus_and_a_sharp_one_is_not(name):
+    sharp = phantom_cell(name, np.random.default_rng(0))
+    assert load_cell(sharp).warnings == ()
+    (warning,) = load_cell(gaussian_filter(sharp.astype(np.float32), 2)).warnings
+    assert "out of focus" in warning

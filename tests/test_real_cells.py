@@ -5,9 +5,11 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
 from hep2.data import audit, blocks_of, split, unique_cells
 from hep2.evaluation import metrics
+from hep2.imaging import LEAST_DETAIL, fine_detail
 from hep2.patterns import CELLS_IN_DATASET, CLASS_NAMES, DEFAULT_DATASET
 from hep2.pipeline import check_unseen, specimens_of
 from hep2.reader import predict
@@ -50,6 +52,13 @@ def test_specimens_of_the_training_cells_are_their_blocks(real_cells):
     specimens, class_of = specimens_of(real_cells, train)
     assert torch.equal(class_of[specimens], real_cells.labels[train])
     assert len(class_of) == len(set(blocks_of(real_cells)[train])) == int(specimens.max()) + 1 < 73
+
+
+def test_blur_of_a_pixel_is_told_and_hardly_a_published_cell_is_called_blurred(real_cells):
+    cells = real_cells.images[split(real_cells, "clean", 0).validation].numpy()
+    blurred = gaussian_filter(cells, (0, 0, 1, 1))
+    assert 0 < np.mean([fine_detail(cell) < LEAST_DETAIL for cell in cells]) < 0.005
+    assert np.mean([fine_detail(cell) < LEAST_DETAIL for cell in blurred]) > 0.97
 
 
 def test_bundled_weights_read_cells_they_have_not_seen(real_cells):
