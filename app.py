@@ -85,6 +85,7 @@ THEME = gr.themes.Soft(
     block_title_background_fill_dark="*primary_800",
     checkbox_label_background_fill_selected="*primary_700",
     checkbox_label_background_fill_selected_dark="*primary_800",
+    button_secondary_background_fill_hover_dark="*neutral_600",
 )
 SCRIPT = """() => {
   // Gradio's file box takes drops and choices; a pasted image is handed to it here.
@@ -159,13 +160,17 @@ class Page:
     def show_example(self, event: gr.SelectData) -> str:
         return reading_html(self._explain, self.examples[event.index])
 
-    def show_upload(self, paths: list[str] | None) -> tuple:
-        """Show a single image at once; hand many over to the tab that reads many. The box is ready for the next."""
+    def show_upload(self, paths: list[str] | None, handed: int) -> tuple:
+        """Show a single image at once; hand many over to the tab that reads many. The box is ready for the next.
+
+        `handed` counts how often many were handed over.
+        """
         if not paths:
-            return gr.skip(), None, gr.skip(), gr.skip()
+            return gr.skip(), None, gr.skip(), gr.skip(), gr.skip()
         if len(paths) > 1:
-            return gr.skip(), None, gr.Tabs(selected="many"), paths
-        return reading_html(self._explain, Chosen(paths[0], Path(paths[0]).name)), None, gr.skip(), gr.skip()
+            return gr.skip(), None, gr.Tabs(selected="many"), paths, handed + 1
+        reading = reading_html(self._explain, Chosen(paths[0], Path(paths[0]).name))
+        return reading, None, gr.skip(), gr.skip(), gr.skip()
 
     def read_many(self, paths: list[str] | None, progress=gr.Progress()) -> tuple:  # noqa: B008 (Gradio finds it here)
         """Read many images into a table, a chart of the counts and a CSV file."""
@@ -436,8 +441,12 @@ def build(page: Page, first: str) -> gr.Blocks:
                     label="Fields of one specimen", file_count="multiple", elem_id="upload-field", height=170
                 )
                 with gr.Row():
-                    specimen_table = gr.File(label="All cells as CSV", interactive=False, height=150)
-                    specimen_pictures = gr.File(label="Fields with the cells drawn in", interactive=False, height=150)
+                    specimen_table = gr.File(
+                        label="All cells as CSV", interactive=False, height=150, elem_id="field-table"
+                    )
+                    specimen_pictures = gr.File(
+                        label="Fields with the cells drawn in", interactive=False, height=150, elem_id="field-pictures"
+                    )
                 specimen_result = gr.HTML(elem_id="specimen")
             with gr.Tab("Models", id="models") as models_tab:
                 gr.HTML(models_html(page.weights))
@@ -450,12 +459,14 @@ def build(page: Page, first: str) -> gr.Blocks:
         gallery.select(page.show_example, None, result, **select, **private).then(None, None, None, js=SHOW, **private)
         shown.change(None, shown, None, js=CHOOSE, **private)
         read_many = {"fn": page.read_many, "outputs": [table, counts, download], "show_progress_on": counts, **private}
-        shown_upload = [result, upload, tabs, many]
-        upload.upload(page.show_upload, upload, shown_upload, trigger_mode="multiple", **private).then(
+        handed = gr.State(0)
+        shown_upload = [result, upload, tabs, many, handed]
+        upload.upload(page.show_upload, [upload, handed], shown_upload, trigger_mode="multiple", **private).then(
             None, None, None, js=SHOW, **private
         )
-        # Given here, handed over by the other tab, or taken out of the list: what is shown follows the list.
-        many.change(inputs=many, **read_many)
+        # Given here, handed over by the other tab, or taken out of the list: what is shown follows the list. Its change
+        # is no such sign: where the other tab has filled it, it comes twice.
+        gr.on([many.upload, many.delete, many.clear, handed.change], inputs=many, **read_many)
         gr.on(
             [field.change, scale.submit, again.click],
             page.read_specimen,

@@ -19,6 +19,7 @@ ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MAX_PIXELS = 50_000_000
+LARGEST_CELL = 600  # pixels: an image that is larger on both sides may be a field of many cells
 MOST_CLIPPED = 0.05  # share of the pixels at the brightest value; published cells have up to 0.04
 # Decimal logarithm of how much of an image is fine detail. Less than one in two hundred published cells has less than
 # this; blurred by a pixel, 98 of 100 have. tests/test_real_cells.py holds both.
@@ -274,6 +275,10 @@ def _doubts(intensity: np.ndarray, pixels: np.ndarray) -> list[str]:
         )
     if max(rows, columns) > 2 * min(rows, columns):
         doubts.append(f"the image is far from square ({rows} x {columns} pixels): is it one cell?")
+    if min(rows, columns) > LARGEST_CELL:
+        doubts.append(
+            f"the image is large for one cell ({rows} x {columns} pixels): if it is a whole field, give it as a field"
+        )
     brightest = float((intensity == intensity.max()).mean())
     if brightest > MOST_CLIPPED:
         doubts.append(

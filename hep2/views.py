@@ -137,7 +137,10 @@ def specimen_html(specimen: SpecimenReading, fields: list[np.ndarray]) -> str:
     others = {"refused": (answer["refused"], "#999999"), "mitotic": (answer["mitotic"], "#FF0000")}
     rows = {name: (count, COLOURS[name]) for name, count in specimen.counts.items()} | others
     counts = "".join(_bar(name, count / most, str(count), colour) for name, (count, colour) in rows.items())
-    doubts = "".join(f"<li>{escape(_sentence(text))}</li>" for text in specimen.warnings)
+    warnings = list(specimen.warnings)
+    if verdict not in CLASS_NAMES and specimen.cells:
+        warnings.append("without a verdict for the specimen, what its single cells were read as means little")
+    doubts = "".join(f"<li>{escape(_sentence(text))}</li>" for text in warnings)
     pictures = "".join(_field_picture(specimen, number, field) for number, field in enumerate(fields))
     order = sorted(range(len(specimen.cells)), key=lambda number: _certainty(specimen.cells[number]))
     gallery = "".join(_cell_card(specimen.cells[number], number) for number in order[:MOST_CARDS])

@@ -203,3 +203,9 @@ def test_a_blurred_cell_is_called_out_of_focus_and_a_sharp_one_is_not(name):
     assert load_cell(sharp).warnings == ()
     (warning,) = load_cell(gaussian_filter(sharp.astype(np.float32), 2)).warnings
     assert "out of focus" in warning
+
+
+def test_an_image_large_enough_for_a_field_is_pointed_to_where_fields_are_read():
+    field = np.kron(CELL, np.ones((10, 10), np.uint8))
+    assert any("give it as a field" in warning for warning in load_cell(field).warnings)
+    assert not any("give it as a field" in warning for warning in load_cell(CELL).warnings)

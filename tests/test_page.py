@@ -202,6 +202,8 @@ def test_a_file_that_is_no_image_gets_words(visit):
 def test_many_files_of_every_kind_get_a_table_counts_and_a_csv(visit, tmp_path):
     page = visit()
     files = [(name, data) for name, (data, _) in uploads().items() if len(name) < 200 and "/" not in name]
+    asked = []
+    page.on("request", lambda request: asked.append(request.url) if "queue/join" in request.url else None)
     give(page, *files)
     good = sum(1 for name, (_, error) in uploads().items() if error is None and name in dict(files))
     playwright.expect(page.locator("#counts h3")).to_have_text(f"{good} cells", timeout=60_000)
@@ -214,6 +216,7 @@ def test_many_files_of_every_kind_get_a_table_counts_and_a_csv(visit, tmp_path):
     # Each line has a verdict, an error, or the word that it was refused.
     for row in rows:
         assert bool(row["verdict"]) + bool(row["error"]) + ("refused: " in row["warnings"]) == 1, row
+    assert len(asked) == 2  # handed over, and read once
     shown = page.locator("#table").inner_text()
     assert "not an image of a known kind" in shown
     assert "/tmp" not in shown
