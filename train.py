@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from hep2 import __version__
 from hep2.data import PROTOCOLS, Cells, load_cells
 from hep2.evaluation import comparison_table
-from hep2.hub import push, stage
+from hep2.hub import create_repository, push, stage
 from hep2.models import MODELS
 from hep2.patterns import DEFAULT_DATASET
 from hep2.pipeline import evaluate_weights, held_out_examples, train_models
@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     changes = {"epochs": arguments.epochs, "batch_size": arguments.batch_size}
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     try:
+        if arguments.push and not arguments.dry_run and accelerator.is_main_process:
+            _open(arguments)
         cells = load_cells(arguments.dataset)
         train_models(
             cells,
@@ -82,6 +84,15 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         accelerator.end_training()
     return 0
+
+
+def _open(arguments: argparse.Namespace) -> None:
+    # Before hours of training: a token that may not write is found out now.
+    try:
+        create_repository(arguments.push, private=arguments.private)
+    except ConnectionError as error:
+        later = "or train without --push, and give the same command with it afterwards"
+        raise ConnectionError(f"{error}: log in with `hf auth login` or set HF_TOKEN, {later}") from error
 
 
 def _push(arguments: argparse.Namespace, cells: Cells, given: list[str]) -> None:

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,9 +23,14 @@ from hep2.models import MODELS
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES, SOURCE_RESULTS, is_synthetic
 from hep2.weights import BUNDLED, Weights, load_weights, specimen_models
 
+FILES = ("config.json", "model.safetensors", "log.jsonl")
 # All that is ever fetched: JSON, safetensors and pictures. A pickle in a repository is neither fetched nor opened.
-READ = ["metrics.json", "*/config.json", "*/model.safetensors", "*/log.jsonl", "examples/*/*.png"]
-WRITTEN = [*READ, "confusion_*.png", "reliability_*.png", "*/curves.png", "specimen/reliability_*.png"]
+FOLDERS = [*MODELS, "refusal"]
+EXAMPLES = [f"examples/{label}/*.png" for label in CLASS_NAMES]
+READ = ["metrics.json", *(f"{name}/{file}" for name in FOLDERS for file in FILES), *EXAMPLES]
+FIGURES = [f"{kind}_{name}.png" for kind in ("confusion", "reliability") for name in MODELS]
+FIGURES += [f"specimen/reliability_{name}.png" for name in MODELS] + [f"{name}/curves.png" for name in MODELS]
+WRITTEN = [*READ, *FIGURES]
 # What a request to the Hub can end in: large files have protocols of their own, with errors of their own.
 HUB_ERRORS = (HfHubHTTPError, HFValidationError, httpx2.HTTPError, OSError, RuntimeError, ValueError)
 TRIES = 3
@@ -45,9 +51,11 @@ def open_weights(name: str | Path | None = None) -> Weights:
     ValueError
         If what was found does not fit this version; see `hep2.weights.load_weights`.
     """
-    repository = str(name).partition("@")[0]
+    repository, at, revision = str(name).partition("@")
     if name is None or Path(name).is_dir() or repository.count("/") != 1 or repository.startswith((".", "/", "~")):
         return load_weights(BUNDLED if name is None else name)
+    if at and not revision:
+        raise FileNotFoundError(f"{name} names no revision: put a branch, tag or commit behind the @, or leave it out")
     folder, notes = pull(str(name))
     return load_weights(folder, source=repository, revision=folder.name, notes=notes)
 
@@ -55,10 +63,10 @@ def open_weights(name: str | Path | None = None) -> Weights:
 def pull(name: str) -> tuple[Path, tuple[str, ...]]:
     """Fetch OWNER/NAME[@revision] and return its folder, which is named by the commit, and notes in words."""
     repository, _, revision = name.partition("@")
-    instead = "use the bundled weights by leaving the name out"
+    instead = "use the bundled weights: leave the name out, and HEP2_WEIGHTS unset"
     try:
         # By its commit: asked by name, a download falls back to what is cached in silence.
-        commit = _reach(repository, revision or None)
+        commit = _patiently(lambda: HfApi().model_info(repository, revision=revision or None, timeout=10).sha)
         folder = Path(snapshot_download(repository, revision=commit, allow_patterns=READ))
         with suppress(*HUB_ERRORS):
             # Now that all is here, the cache may learn what the name stands for; until then the older copy was its.
@@ -90,13 +98,14 @@ def pull(name: str) -> tuple[Path, tuple[str, ...]]:
     return Path(folder), (f"{reason}: the cached revision of {repository} answers",)
 
 
-def _reach(repository: str, revision: str | None) -> str:
-    """Ask the Hub for the commit of a revision, a few times if it is busy."""
+def _patiently(ask: Callable):
+    """Ask the Hub, and a few times more if it is busy."""
     for attempt in range(TRIES):
         try:
-            return HfApi().model_info(repository, revision=revision, timeout=10).sha
+            return ask()
         except HfHubHTTPError as error:
-            if error.response.status_code < 500 or attempt == TRIES - 1:
+            status = error.response.status_code
+            if (status < 500 and status != 429) or attempt == TRIES - 1:
                 raise
             time.sleep(2**attempt)
 
@@ -128,6 +137,29 @@ def stage(run: Path, destination: Path, repository: str, examples: dict[str, tup
     card.save(destination / "README.md")
 
 
+def create_repository(repository: str, *, private: bool = False) -> None:
+    """Create a repository for weights, if it is not there, and so find out what would stop a push.
+
+    Raises
+    ------
+    ConnectionError
+        If the Hub refuses or fails.
+    PermissionError
+        If the repository was to be private and is there, and public.
+    """
+    api = HfApi()
+    try:
+        # Not asked to be private, it becomes what its owner's new repositories are.
+        _patiently(lambda: api.create_repo(repository, private=private or None, exist_ok=True))
+        public = private and not _patiently(lambda: api.model_info(repository)).private
+    except HUB_ERRORS as error:
+        raise ConnectionError(
+            f"the Hub at {constants.ENDPOINT} does not let us push to {repository} ({error})"
+        ) from error
+    if public:
+        raise PermissionError(f"{repository} is public already: make it private on the Hub first; nothing was sent")
+
+
 def push(
     run: Path,
     repository: str,
@@ -151,30 +183,29 @@ def push(
     with tempfile.TemporaryDirectory() as folder:
         stage(run, Path(folder), repository, examples)
         try:
-            # Not asked to be private, it becomes what its owner's new repositories are.
-            api.create_repo(repository, private=private or None, exist_ok=True)
-            public = private and not api.model_info(repository).private
-        except HUB_ERRORS as error:
-            raise _failed(run, repository, error) from error
-        if public:
-            raise PermissionError(f"{repository} is public already: make it private on the Hub first; nothing was sent")
+            create_repository(repository, private=private)
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}; {_kept(run)}") from error
         try:
             # What an earlier push has left goes: its held-out cells may be among those that this run was trained on.
             commit = api.upload_folder(
                 repo_id=repository, folder_path=folder, commit_message=f"hep2 {version}", delete_patterns=WRITTEN
             )
-            with suppress(RevisionNotFoundError):
-                api.delete_tag(repository, tag=f"v{version}")
-            api.create_tag(repository, tag=f"v{version}", revision=commit.oid)
         except HUB_ERRORS as error:
-            raise _failed(run, repository, error) from error
+            raise ConnectionError(f"the push to {repository} failed ({error}); {_kept(run)}") from error
+        try:
+            with suppress(RevisionNotFoundError):
+                _patiently(lambda: api.delete_tag(repository, tag=f"v{version}"))
+            _patiently(lambda: api.create_tag(repository, tag=f"v{version}", revision=commit.oid))
+        except HUB_ERRORS as error:
+            raise ConnectionError(
+                f"the push to {repository} went through, but for its tag v{version} ({error}); {_kept(run)}"
+            ) from error
     return commit.oid
 
 
-def _failed(run: Path, repository: str, error: Exception) -> ConnectionError:
-    return ConnectionError(
-        f"the push to {repository} at {constants.ENDPOINT} failed ({error}); the run is whole in {run}: push it again"
-    )
+def _kept(run: Path) -> str:
+    return f"the run is whole in {run}: push it again"
 
 
 def model_card(weights: Weights, repository: str) -> ModelCard:
@@ -186,7 +217,11 @@ def model_card(weights: Weights, repository: str) -> ModelCard:
             dataset_type=metrics["dataset"],
             # Not the split that the dataset was published with.
             dataset_name=f"HEp-2 cells, test part of the {metrics['protocol']} protocol, seed {metrics['seed']}",
-            dataset_args={key: metrics[key] for key in ("protocol", "seed", "dataset_fingerprint")},
+            dataset_args={
+                key: metrics[key]
+                for key in ("protocol", "seed", "fold", "dataset_fingerprint")
+                if metrics[key] is not None
+            },
             metric_type=kind,
             metric_name=f"{MODEL_TITLES[name]} {label}",
             metric_value=round(result[field], 4),
@@ -215,7 +250,7 @@ def _card_text(weights: Weights, repository: str) -> str:
     metrics = weights.metrics
     training = weights.configs["ensemble"]["training"]
     published = training["dataset"] == DEFAULT_DATASET
-    cells, origin = f"`{training['dataset']}`", "They were trained on none of the published cells."
+    cells, origin = f"`{training['dataset']}`", "Whether published cells are among those is not known here."
     if published:
         cells = f"[{DEFAULT_DATASET}](https://huggingface.co/datasets/{DEFAULT_DATASET})"
         origin = (
@@ -225,9 +260,12 @@ def _card_text(weights: Weights, repository: str) -> str:
         )
     elif is_synthetic(training["dataset"]):
         cells = f"synthetic cells, drawn by a program (`{training['dataset']}`)"
+        origin = "They were trained on none of the published cells."
     synthetic = is_synthetic(training["dataset"])
     drawn = "\n\n**Trained on synthetic cells, drawn by a program: not for reading real ones.**" if synthetic else ""
-    limit = "" if synthetic else SPLIT_LIMIT
+    apart = metrics["protocol"] == "specimen"
+    limit = "" if synthetic or apart else SPLIT_LIMIT
+    fold = f", fold {metrics['fold']} (specimens kept away from training)" if apart else ""
     rows, classes = "", ""
     for name in MODELS:
         ours = metrics["models"][name]
@@ -247,7 +285,7 @@ Homogeneous, NuMem, Nucleolar or Speckled, or say that it shows no such cell. **
 
 ## How they do
 
-Protocol {metrics["protocol"]}, seed {metrics["seed"]}, {metrics["test_size"]:,} test cells that took no part in
+Protocol {metrics["protocol"]}, seed {metrics["seed"]}{fold}, {metrics["test_size"]:,} test cells that took no part in
 training, calibration or stacking.
 
 | model | accuracy | mean class accuracy | macro F1 | calibration error | the source's accuracy |
@@ -296,6 +334,8 @@ def _figures_text(weights: Weights) -> str:
 
 
 def _specimen_text(metrics: dict) -> str:
+    if metrics["protocol"] == "specimen":
+        return ""
     if "specimen" not in metrics:
         return "Held-out specimens were not measured for these weights: expect less on a new patient."
     specimen = metrics["specimen"]

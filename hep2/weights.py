@@ -8,6 +8,8 @@ Only JSON and safetensors are ever read.
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ FORMAT = 1
 BUNDLED = Path(__file__).with_name("bundled")
 CONFIG_FIELDS = {"format", "model", "architecture", "labels", "preprocessing", "training", "calibration", "metrics"}
 TRAINING_FIELDS = {"recipe", "protocol", "seed", "fold", "dataset", "dataset_fingerprint"}
+LOG_FIELDS = {"epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"}
 REFUSAL_FIELDS = {"format", "members", "preprocessing", "training"}
 
 
@@ -55,9 +58,11 @@ class Weights:
         """Return the records of a model's training epochs, or none if they did not travel with it."""
         path = self.folder / name / "log.jsonl"
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        except ValueError:  # damaged: no verdict depends on it
-            return []
+            records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        except (ValueError, RecursionError):
+            records = [None]
+        whole = all(isinstance(record, dict) and _are_numbers(record, LOG_FIELDS) for record in records)
+        return records if whole else []  # damaged: no verdict depends on it
 
     def examples(self) -> list[tuple[Path, str]]:
         """Return the images of held-out cells that came with the weights, and their labels, in the order of classes."""
@@ -166,7 +171,7 @@ def load_weights(
         else:
             try:
                 models[name] = build_model(name, configs[name]["architecture"])
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RuntimeError, MemoryError) as error:  # a size that no memory holds among it
                 raise ValueError(f"{folder / name / 'config.json'}: {error}") from error
             _load_tensors(models[name], path)
             fold_batch_norm(models[name].eval()).to(memory_format=torch.channels_last)
@@ -175,10 +180,12 @@ def load_weights(
     if with_refusal and (folder / "refusal").is_dir():
         refusal = _load_refusal(folder / "refusal", models)
     if refusal is None and "ensemble" in models:
-        notes += ("these weights give every image a verdict: they were not taught what is no cell",)
+        notes += ("these weights give every image a verdict: what knows images that are no cells is not there",)
     read = [*models, "refusal"] if refusal is not None else list(models)
     digest = hashlib.sha256("".join(_digest(folder / name) for name in read).encode()).hexdigest()[:12]
     metrics = _read_metrics(folder / "metrics.json")
+    if not metrics and set(names) == set(MODELS):
+        notes += ("metrics.json is not there: how good these weights are is not known",)
     if set(names) == set(MODELS) and metrics.get("revision", digest) != digest:
         metrics, notes = {}, (*notes, "the figures in metrics.json are of other weights, and are left out")
     return Weights(
@@ -199,11 +206,36 @@ def _read_metrics(path: Path) -> dict:
     if metrics and not isinstance(metrics.get("models"), dict):
         raise ValueError(f"{path}: models is {metrics.get('models')!r}, expected the figures of each model")
     for name, figures in metrics.get("models", {}).items():
-        needed = ("accuracy", "mean_class_accuracy", "macro_f1", "ece")
-        numbers = isinstance(figures, dict) and all(isinstance(figures.get(key), (int, float)) for key in needed)
-        if name not in MODELS or not numbers or set(figures.get("per_class", {})) != set(CLASS_NAMES):
+        if name not in MODELS or not _are_figures(figures):
             raise ValueError(f"{path}: models holds no whole figures of {name!r}; measure the weights again")
+    specimen = metrics.get("specimen")
+    if specimen is not None:
+        parts = specimen if isinstance(specimen, dict) else {}
+        models, blocks = parts.get("models"), parts.get("blocks")
+        whole = _are_numbers(parts, ("folds", "refused")) and isinstance(parts.get("recipe"), str)
+        whole = (
+            whole and isinstance(models, dict) and isinstance(blocks, dict) and all(map(_are_figures, models.values()))
+        )
+        if not whole or not _are_numbers(blocks.get("ensemble"), ("right", "total")):
+            raise ValueError(f"{path}: specimen holds no whole figures; measure the four folds again")
     return metrics
+
+
+def _are_figures(figures: object) -> bool:
+    """Tell whether these are a model's figures as `hep2.evaluation.metrics` gives them, as far as pages show them."""
+    if not _are_numbers(figures, ("accuracy", "mean_class_accuracy", "macro_f1", "ece")):
+        return False
+    classes, confusion = figures.get("per_class"), figures.get("confusion")
+    if not isinstance(classes, dict) or list(classes) != list(CLASS_NAMES):
+        return False
+    if not all(_are_numbers(row, ("precision", "recall", "f1", "support")) for row in classes.values()):
+        return False
+    square = isinstance(confusion, list) and [len(row) if isinstance(row, list) else 0 for row in confusion]
+    return square == [len(CLASS_NAMES)] * len(CLASS_NAMES)
+
+
+def _are_numbers(values: object, keys: Iterable[str]) -> bool:
+    return isinstance(values, dict) and all(isinstance(values.get(key), (int, float)) for key in keys)
 
 
 def specimen_models(specimen: dict) -> str:
@@ -220,7 +252,7 @@ def read_json(path: Path) -> dict:
         raise _missing(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); get it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, expected an object")
@@ -253,7 +285,7 @@ def _read_config(path: Path, name: str) -> dict:
         if not isinstance(config[field], dict) or not needed <= set(config[field]):
             raise ValueError(f"{path}: {field} is {config[field]!r}, expected an object with {sorted(needed)}")
     temperature = config["calibration"].get("temperature") if isinstance(config["calibration"], dict) else None
-    if not isinstance(temperature, (int, float)) or not temperature > 0:
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         raise ValueError(f"{path}: calibration is {config['calibration']!r}, expected a positive temperature")
     return config
 

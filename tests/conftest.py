@@ -103,8 +103,3 @@ def serving_page(*arguments: str) -> Iterator[Served]:
     finally:
         process.terminate()
         process.wait(timeout=20)
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """Let one process more than there are cores: a test of the page or of a child process mostly waits."""
-    return (os.cpu_count() or 1) + 1

@@ -43,10 +43,11 @@ def run(untrained, tmp_path_factory):
     result = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 3}
     classes = ("Centromere", "Golgi", "Homogeneous", "NuMem", "Nucleolar", "Speckled")
     one = {"accuracy": 0.91234, "mean_class_accuracy": 0.8, "macro_f1": 0.7, "ece": 0.1}
-    models = {name: one | {"per_class": dict.fromkeys(classes, result)} for name in MODELS}
-    metrics = {"protocol": "clean", "seed": 0, "test_size": 18, "dataset": "phantoms", "models": models}
+    one |= {"per_class": dict.fromkeys(classes, result), "confusion": [[3] * 6] * 6}
+    models = dict.fromkeys(MODELS, one)
+    metrics = {"protocol": "clean", "seed": 0, "fold": None, "test_size": 18, "dataset": "phantoms", "models": models}
     metrics["dataset_fingerprint"] = "0"
-    specimen = {"folds": 4, "recipe": "tuned", "models": models}
+    specimen = {"folds": 4, "recipe": "tuned", "refused": 0.02, "models": models}
     blocks = {"accuracy": 0.75, "right": 55, "total": 73, "wrong": []}
     metrics["specimen"] = specimen | {"blocks": dict.fromkeys(MODELS, blocks)}
     write_json(folder / "metrics.json", metrics | {"revision": load_weights(folder).revision})
@@ -167,6 +168,8 @@ def test_pull_of_what_does_not_exist_says_so(hub, run):
     push(run, NAME, version="1.0.0")
     with pytest.raises(FileNotFoundError, match="has no revision 'v9'"):
         open_weights(f"{NAME}@v9")
+    with pytest.raises(FileNotFoundError, match="lab/hep2@ names no revision"):
+        open_weights(f"{NAME}@")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         open_weights("./lab/folder")
 
@@ -187,6 +190,27 @@ def test_push_without_a_good_token_keeps_the_run(hub, run, monkeypatch):
     push(run, NAME, version="1.0.0")
 
 
+def test_train_finds_out_before_training_that_it_may_not_push(hub, run, monkeypatch, tmp_path, capsys):
+    push(run, NAME, version="1.0.0")
+    arguments = ["--dataset", "phantoms:40", "--output", str(tmp_path / "run"), "--push", NAME, "--private"]
+    for token, message in (
+        ("hf_wrong", "log in with `hf auth login` or set HF_TOKEN"),
+        (TOKEN, f"{NAME} is public already: make it private"),
+    ):
+        monkeypatch.setenv("HF_TOKEN", token)
+        AcceleratorState._reset_state(True)
+        assert train.main(arguments) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_push_waits_for_a_hub_that_is_busy_for_a_moment(hub, run, status):
+    hub.failures = [status]
+    commit = push(run, NAME, version="1.0.0")
+    assert hub.repositories[NAME].refs["v1.0.0"] == commit
+
+
 def test_push_sends_nothing_private_to_a_public_repository(hub, run):
     first = push(run, NAME, version="1.0.0")
     with pytest.raises(PermissionError, match="is public already: make it private"):
@@ -194,12 +218,17 @@ def test_push_sends_nothing_private_to_a_public_repository(hub, run):
     assert hub.repositories[NAME].refs == {"main": first, "v1.0.0": first}
 
 
-def test_push_leaves_pictures_that_are_not_ours(hub, run):
+def test_push_leaves_files_that_are_not_ours(hub, run):
     push(run, NAME, version="1.0.0")
     repository = hub.repositories[NAME]
-    repository.commit(repository.files("main")[1] | {"banner.png": b"\x89PNG", "confusion_old.png": b"\x89PNG"})
+    others = {"banner.png", "confusion_notes/mine.png", "archive/cnn/model.safetensors", "other/config.json"}
+    repository.commit(repository.files("main")[1] | dict.fromkeys({*others, "confusion_vit.png"}, b"theirs"))
     push(run, NAME, version="1.1.0")
-    assert {"banner.png", "confusion_old.png"} & set(repository.files("main")[1]) == {"banner.png"}
+    files = set(repository.files("main")[1])
+    assert others <= files
+    assert "confusion_vit.png" not in files  # an earlier run's
+    folder, _ = pull(NAME)
+    assert not any((folder / name).exists() for name in others)
 
 
 def test_pull_waits_for_a_hub_that_is_busy_for_a_moment(hub, run):
@@ -319,8 +348,8 @@ def test_train_push_serve_and_classify(hub, tmp_path, capsys):
     assert train.main([*arguments, "--dry-run"]) == 0
     assert "examples/Golgi/Golgi-" in capsys.readouterr().out
     assert hub.repositories == {}
-    # The Hub fails; what the message says is then done, and trains nothing again.
-    hub.failures = [403] * 20
+    # The Hub fails after the training; what the message says is then done, and trains nothing again.
+    hub.failures = [0, *[403] * 20]
     AcceleratorState._reset_state(True)
     assert train.main(arguments) == 1
     hub.failures = []

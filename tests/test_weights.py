@@ -78,6 +78,8 @@ def test_load_weights_of_a_missing_folder_or_an_unknown_model_says_so(tmp_path):
         ({"architecture": []}, r"architecture is \[\], expected an object"),
         ({"calibration": {"temperature": 0}}, "positive temperature"),
         ({"calibration": None}, "positive temperature"),
+        ({"calibration": {"temperature": float("inf")}}, "positive temperature"),
+        ({"architecture": {"widths": [400_000] * 4}}, "memory"),
         ({"architecture": {"widths": [1, 2]}}, "four positive whole numbers"),
         ({"architecture": {"depth": 2}}, "unknown fields"),
         ({"architecture": {"widths": [32, 64, 128, 255]}}, "does not fit its config"),
@@ -90,7 +92,7 @@ def test_load_weights_names_what_does_not_fit_in_a_config(folder, changes, messa
     assert str(folder / "cnn") in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "[" * 100_000])
 def test_load_weights_names_a_damaged_config(folder, content):
     (folder / "vit" / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"vit/config.json (is damaged|holds list)"):
@@ -117,17 +119,30 @@ def test_load_weights_names_truncated_and_spoilt_tensors(folder):
 
 def test_load_weights_shows_no_figures_that_are_not_of_these_weights(folder):
     figures = {"accuracy": 1.0, "mean_class_accuracy": 1.0, "macro_f1": 1.0, "ece": 0.0}
-    metrics = {"models": {"cnn": figures | {"per_class": {name: {} for name in CLASS_NAMES}}}}
+    row = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 2}
+    figures |= {"per_class": dict.fromkeys(CLASS_NAMES, row), "confusion": [[2] * 6] * 6}
+    metrics = {"models": {"cnn": figures}}
     write_json(folder / "metrics.json", metrics | {"revision": load_weights(folder).revision})
     assert load_weights(folder).metrics["models"]
     write_json(folder / "metrics.json", metrics | {"revision": "0123456789ab"})
     weights = load_weights(folder)
     assert weights.metrics == {}
     assert any("are of other weights" in note for note in weights.notes)
-    for spoilt in ([], {"cnn": {}}, {"alexnet": metrics["models"]["cnn"]}):
+    for spoilt in ([], {"cnn": {}}, {"alexnet": figures}, {"cnn": figures | {"confusion": [[2]]}}):
         write_json(folder / "metrics.json", {"models": spoilt})
         with pytest.raises(ValueError, match=r"metrics.json: models"):
             load_weights(folder)
+    write_json(folder / "metrics.json", metrics | {"specimen": {"folds": 4}})
+    with pytest.raises(ValueError, match=r"metrics.json: specimen"):
+        load_weights(folder)
+    (folder / "metrics.json").unlink()
+    assert any("metrics.json is not there" in note for note in load_weights(folder).notes)
+
+
+@pytest.mark.parametrize("content", ["{}\n", "[" * 100_000, "no JSON"])
+def test_a_damaged_log_shows_no_curves_and_costs_no_verdict(folder, content):
+    (folder / "cnn" / "log.jsonl").write_text(content)
+    assert load_weights(folder).history("cnn") == []
 
 
 def test_load_weights_refuses_an_ensemble_of_other_members(folder, tmp_path):
