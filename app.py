@@ -208,7 +208,7 @@ class Page:
         specimen = self._read_specimen(
             fields,
             pixel_size=pixel_size,
-            progress=lambda cells, total: progress.tqdm(cells, total=total, unit="cells", desc="Reading"),
+            progress=lambda items, total, step: progress.tqdm(items, total=total, desc=step),
         )
         text = io.StringIO(newline="")
         csv.writer(text).writerows(specimen_rows(specimen))
@@ -258,8 +258,10 @@ class Page:
         Args:
             images: one cell each; PNG, JPEG, TIFF, BMP or WebP, 8 to 32 bit
         """
-        check_count(images or [])
-        return [answer.as_dict() for answer in self._read(_named(images or []))]
+        if not images:
+            return [Failure("", NO_IMAGE).as_dict()]
+        check_count(images)
+        return [answer.as_dict() for answer in self._read(_named(images))]
 
     def explain(self, image: str | None) -> tuple[dict, list[tuple[Image.Image, str]]]:
         """Read one image of a HEp-2 cell and tell where each model looked.

@@ -234,7 +234,7 @@ def _specimen(arguments: argparse.Namespace) -> int:
         reader,
         fields,
         pixel_size=arguments.pixel_size,
-        progress=lambda cells, total: tqdm(cells, total=total, unit="cell", disable=not sys.stderr.isatty()),
+        progress=lambda items, total, step: tqdm(items, step, total, disable=not sys.stderr.isatty()),
     )
     if arguments.overlay:
         intensities = (intensity for _, intensity, _ in fields)

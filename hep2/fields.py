@@ -333,12 +333,13 @@ def read_specimen(
     fields: list[tuple[str, np.ndarray, list[str]]],
     *,
     pixel_size: float | None = None,
-    progress: Callable[[Iterable, int], Iterable] = lambda cells, total: cells,
+    progress: Callable[[Iterable, int, str], Iterable] = lambda items, total, step: items,
     read_cells: Callable[[list[tuple[str, Cell]]], Iterable[Reading]] | None = None,
 ) -> SpecimenReading:
     """Read one specimen from its fields: (name, intensity, notes) each, as `hep2.imaging.read_intensity` gives them.
 
-    `pixel_size` is in micrometres. `progress` wraps the cells as they are read, and is told how many there are.
+    `pixel_size` is in micrometres. `progress` wraps the fields whose cells are found, and then the cells as they are
+    read, and is told how many there are and which step it is.
     `read_cells` takes the place of the reader's own, where that is to run on a card that is lent.
 
     Raises
@@ -351,7 +352,7 @@ def read_specimen(
     if all(max(intensity.shape) < ONE_CELL for _, intensity, _ in fields):
         remark = "the image is no larger than one cell is: give it as a cell, not as a field"
         return SpecimenReading(files=names, cells=[], weights=reader.origin, verdict=NO_CELLS, warnings=[remark])
-    found = [find_cells(intensity, pixel_size) for _, intensity, _ in fields]
+    found = [find_cells(field, pixel_size) for _, field, _ in progress(fields, len(fields), "Finding cells")]
     warnings = [note for (_, _, notes), one in zip(fields, found, strict=True) for note in (*notes, *one.notes)]
     placed, crops = [], []
     for number, ((_, intensity, _), one) in enumerate(zip(fields, found, strict=True)):
@@ -362,7 +363,7 @@ def read_specimen(
                 continue
             placed.append((number, cell))
     cells = [(f"cell {number + 1}", Cell(pixels, ())) for number, pixels in enumerate(crops)]
-    readings = list(progress((read_cells or reader.read_cells)(cells), len(cells)))
+    readings = list(progress((read_cells or reader.read_cells)(cells), len(cells), "Reading cells"))
     # Fields of one specimen may differ in exposure: cells in mitosis are bright among those of their own field.
     condensed = np.zeros(len(placed), bool)
     for number in range(len(fields)):
