@@ -66,9 +66,11 @@ def evaluate_specimens(
     result = {"folds": FOLDS, "seed": seed, "recipe": recipe, "changes": changes or {}}
     result |= summarise(cells, parts, answers)
     result["refused"] = sum(refused) / sum(map(len, parts))
+    features, labels = simple_features(cells.images[:, 0].numpy()), cells.labels.numpy()
+    folds = [split(cells, "specimen", seed, fold) for fold in range(FOLDS)]
     result["floor"] = {
-        "clean": nearest_neighbours(cells, [split(cells, "clean", seed)]),
-        "specimen": nearest_neighbours(cells, [split(cells, "specimen", seed, fold) for fold in range(FOLDS)]),
+        "clean": nearest_neighbours(features, labels, [split(cells, "clean", seed)]),
+        "specimen": nearest_neighbours(features, labels, folds),
     }
     write_json(output / "metrics.json", result)
     for name, measured in result["models"].items():
@@ -104,9 +106,8 @@ def read_blocks(probabilities: np.ndarray, block: np.ndarray) -> dict:
     return {"accuracy": right / len(numbers), "right": right, "total": len(numbers), "wrong": wrong}
 
 
-def nearest_neighbours(cells: Cells, splits: list) -> dict:
+def nearest_neighbours(features: np.ndarray, labels: np.ndarray, splits: list) -> dict:
     """Measure five nearest neighbours on `simple_features`, trained and tested by each split, over all test cells."""
-    features, labels = simple_features(cells.images[:, 0].numpy()), cells.labels.numpy()
     answers = []
     for parts in splits:
         known = np.concatenate([parts.train, parts.validation])

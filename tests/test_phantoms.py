@@ -34,7 +34,7 @@ def test_phantom_files_of_a_larger_count_begin_with_those_of_a_smaller():
 
 
 def test_the_ensemble_trained_on_real_cells_reads_phantoms_as_what_they_are():
-    weights = load_weights()
+    weights = load_weights(names=("cnn", "vit", "ensemble"), with_refusal=False)
     assert weights.configs["ensemble"]["training"]["dataset"] == DEFAULT_DATASET
     cells = cells_from_files((CellFile(*file) for file in phantom_files(200, seed=2026)), source="fresh phantoms")
     verdicts = predict(weights, cells.images).probabilities["ensemble"].argmax(1)

@@ -51,7 +51,8 @@ def test_simple_features_do_not_change_by_turning(cells):
 
 
 def test_nearest_neighbours_tell_the_patterns_apart(cells):
-    result = nearest_neighbours(cells, [split(cells, "specimen", 0, 1)])
+    features = simple_features(cells.images[:, 0].numpy())
+    result = nearest_neighbours(features, cells.labels.numpy(), [split(cells, "specimen", 0, 1)])
     assert result["mean_class_accuracy"] > 0.5
 
 
