@@ -265,15 +265,15 @@ STAINS = {
 
 def _scatter(nucleus: Nucleus, count: int, share: float, random: Random, *, apart: float) -> np.ndarray:
     """Draw up to `count` places (places, 2) within `share` of the nucleus's radius, at least `apart` pixels apart."""
-    places: list[np.ndarray] = []
+    places = np.empty((0, 2))
     for _ in range(20 * count):
         angle, distance = random.uniform(0, 2 * np.pi), nucleus.radius * share * random.uniform(0, 1) ** 0.5
         place = np.array(nucleus.centre) + distance * np.array([np.sin(angle), np.cos(angle)])
-        if all(np.hypot(*(place - other)) >= apart for other in places):
-            places.append(place)
+        if (np.hypot(*(place - places).T) >= apart).all():
+            places = np.concatenate([places, place[None]])
         if len(places) == count:
             break
-    return np.array(places)
+    return places
 
 
 def phantom_files(count: int, seed: int = 0) -> Iterator[tuple[str, np.ndarray, str]]:

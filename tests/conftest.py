@@ -73,6 +73,12 @@ def untrained(tmp_path_factory) -> Path:
     return save_untrained(tmp_path_factory.mktemp("untrained"))
 
 
+@pytest.fixture
+def few_refusals(monkeypatch):
+    """Let the refusal learn from few images: for a test that is about something else."""
+    monkeypatch.setattr("hep2.refusal.MOST", 48)
+
+
 class Served(NamedTuple):
     """A page that is being served."""
 

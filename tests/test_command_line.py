@@ -90,7 +90,7 @@ def test_phantoms_of_no_cells_is_an_error(tmp_path, capsys):
     assert "--count is 0" in capsys.readouterr().err
 
 
-def test_train_and_evaluate_from_phantoms_to_a_verdict(images, tmp_path, capsys):
+def test_train_and_evaluate_from_phantoms_to_a_verdict(images, few_refusals, tmp_path, capsys):
     run = tmp_path / "run"
     arguments = ["--dataset", "phantoms:40", "--epochs", "1", "--batch-size", "32", "--output", str(run)]
     assert train.main(arguments) == 0

@@ -342,7 +342,7 @@ def test_stage_refuses_a_run_that_was_not_measured_as_it_is(untrained, run, tmp_
             stage(other, tmp_path / "staged", NAME)
 
 
-def test_train_push_serve_and_classify(hub, tmp_path, capsys):
+def test_train_push_serve_and_classify(hub, few_refusals, tmp_path, capsys):
     AcceleratorState._reset_state(True)
     arguments = ["--dataset", "phantoms:40", "--epochs", "2", "--output", str(tmp_path / "run"), "--push", NAME]
     assert train.main([*arguments, "--dry-run"]) == 0

@@ -56,7 +56,7 @@ def test_nearest_neighbours_tell_the_patterns_apart(cells):
     assert result["mean_class_accuracy"] > 0.5
 
 
-def test_evaluate_specimens_trains_every_fold_once_and_goes_on(cells, tmp_path, monkeypatch):
+def test_evaluate_specimens_trains_every_fold_once_and_goes_on(cells, few_refusals, tmp_path, monkeypatch):
     options = {"names": ("cnn",), "changes": {"epochs": 1}, "accelerator": Accelerator(cpu=True), "progress": False}
     result = evaluate_specimens(cells, tmp_path, **options)
     assert result == read_json(tmp_path / "metrics.json")
