@@ -24,9 +24,9 @@ from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES, SOURCE_RES
 from hep2.weights import BUNDLED, Weights, load_weights, specimen_models
 
 FILES = ("config.json", "model.safetensors", "log.jsonl")
-# All that is ever fetched: JSON, safetensors and pictures. A pickle in a repository is neither fetched nor opened.
 FOLDERS = [*MODELS, "refusal"]
 EXAMPLES = [f"examples/{label}/*.png" for label in CLASS_NAMES]
+# All that is ever fetched: JSON, safetensors and pictures. A pickle in a repository is neither fetched nor opened.
 READ = ["metrics.json", *(f"{name}/{file}" for name in FOLDERS for file in FILES), *EXAMPLES]
 FIGURES = [f"{kind}_{name}.png" for kind in ("confusion", "reliability") for name in MODELS]
 FIGURES += [f"specimen/reliability_{name}.png" for name in MODELS] + [f"{name}/curves.png" for name in MODELS]
@@ -51,18 +51,18 @@ def open_weights(name: str | Path | None = None) -> Weights:
     ValueError
         If what was found does not fit this version; see `hep2.weights.load_weights`.
     """
-    repository, at, revision = str(name).partition("@")
+    repository = str(name).partition("@")[0]
     if name is None or Path(name).is_dir() or repository.count("/") != 1 or repository.startswith((".", "/", "~")):
         return load_weights(BUNDLED if name is None else name)
-    if at and not revision:
-        raise FileNotFoundError(f"{name} names no revision: put a branch, tag or commit behind the @, or leave it out")
     folder, notes = pull(str(name))
     return load_weights(folder, source=repository, revision=folder.name, notes=notes)
 
 
 def pull(name: str) -> tuple[Path, tuple[str, ...]]:
     """Fetch OWNER/NAME[@revision] and return its folder, which is named by the commit, and notes in words."""
-    repository, _, revision = name.partition("@")
+    repository, at, revision = name.partition("@")
+    if at and not revision:
+        raise FileNotFoundError(f"{name} names no revision: put a branch, tag or commit behind the @, or leave it out")
     instead = "use the bundled weights: leave the name out, and HEP2_WEIGHTS unset"
     try:
         # By its commit: asked by name, a download falls back to what is cached in silence.
@@ -249,7 +249,7 @@ def model_card(weights: Weights, repository: str) -> ModelCard:
 def _card_text(weights: Weights, repository: str) -> str:
     metrics = weights.metrics
     training = weights.configs["ensemble"]["training"]
-    published = training["dataset"] == DEFAULT_DATASET
+    published, synthetic = training["dataset"] == DEFAULT_DATASET, is_synthetic(training["dataset"])
     cells, origin = f"`{training['dataset']}`", "Whether published cells are among those is not known here."
     if published:
         cells = f"[{DEFAULT_DATASET}](https://huggingface.co/datasets/{DEFAULT_DATASET})"
@@ -258,10 +258,9 @@ def _card_text(weights: Weights, repository: str) -> str:
             "the contests on HEp-2 cell classification at ICPR and ICIP. Please name them,\nand these weights by their "
             "revision."
         )
-    elif is_synthetic(training["dataset"]):
+    elif synthetic:
         cells = f"synthetic cells, drawn by a program (`{training['dataset']}`)"
         origin = "They were trained on none of the published cells."
-    synthetic = is_synthetic(training["dataset"])
     drawn = "\n\n**Trained on synthetic cells, drawn by a program: not for reading real ones.**" if synthetic else ""
     apart = metrics["protocol"] == "specimen"
     limit = "" if synthetic or apart else SPLIT_LIMIT

@@ -61,7 +61,7 @@ class Weights:
             records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
         except (ValueError, RecursionError):
             records = [None]
-        whole = all(isinstance(record, dict) and _are_numbers(record, LOG_FIELDS) for record in records)
+        whole = all(_are_numbers(record, LOG_FIELDS) for record in records)
         return records if whole else []  # damaged: no verdict depends on it
 
     def examples(self) -> list[tuple[Path, str]]:
@@ -208,17 +208,19 @@ def _read_metrics(path: Path) -> dict:
     for name, figures in metrics.get("models", {}).items():
         if name not in MODELS or not _are_figures(figures):
             raise ValueError(f"{path}: models holds no whole figures of {name!r}; measure the weights again")
-    specimen = metrics.get("specimen")
-    if specimen is not None:
-        parts = specimen if isinstance(specimen, dict) else {}
-        models, blocks = parts.get("models"), parts.get("blocks")
-        whole = _are_numbers(parts, ("folds", "refused")) and isinstance(parts.get("recipe"), str)
-        whole = (
-            whole and isinstance(models, dict) and isinstance(blocks, dict) and all(map(_are_figures, models.values()))
-        )
-        if not whole or not _are_numbers(blocks.get("ensemble"), ("right", "total")):
-            raise ValueError(f"{path}: specimen holds no whole figures; measure the four folds again")
+    if metrics.get("specimen") is not None and not _are_specimen_figures(metrics["specimen"]):
+        raise ValueError(f"{path}: specimen holds no whole figures; measure the four folds again")
     return metrics
+
+
+def _are_specimen_figures(specimen: object) -> bool:
+    """Tell whether these are the figures of `hep2.specimens.evaluate_specimens`, as far as pages show them."""
+    if not _are_numbers(specimen, ("folds", "refused")) or not isinstance(specimen.get("recipe"), str):
+        return False
+    models, blocks = specimen.get("models"), specimen.get("blocks")
+    if not isinstance(models, dict) or not isinstance(blocks, dict):
+        return False
+    return all(map(_are_figures, models.values())) and _are_numbers(blocks.get("ensemble"), ("right", "total"))
 
 
 def _are_figures(figures: object) -> bool:
