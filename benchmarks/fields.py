@@ -12,11 +12,12 @@ import time
 
 import numpy as np
 
-from hep2.fields import find_cells, read_specimen
+from hep2.fields import read_specimen
 from hep2.hub import open_weights
 from hep2.patterns import CLASS_NAMES
 from hep2.phantoms import phantom_field
 from hep2.reader import Reader
+from hep2.segmentation import find_cells
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, zoom
+from scipy.ndimage import find_objects, gaussian_filter, zoom
 
 from hep2.patterns import CLASS_NAMES, IMAGE_SIZE
 
@@ -58,7 +58,8 @@ def phantom_cell(pattern: str, random: Random) -> np.ndarray:
 class PhantomCell(NamedTuple):
     """Where a cell lies in a phantom field: the box (top, left, height, width), in pixels, round its nucleus.
 
-    Where the cytoplasm is stained and the nucleus is not, round the cell, to where the light has fallen to a sixth.
+    Where the cytoplasm is stained and the nucleus is not, round the cell, to where the light has fallen to a sixth or
+    where a neighbour is nearer: no pixel belongs to two cells.
     """
 
     bbox: tuple[int, int, int, int]
@@ -85,22 +86,27 @@ def phantom_field(
     """
     if pattern not in STAINS:
         raise ValueError(f"unknown pattern {pattern!r}: choose one of {CLASS_NAMES}")
-    light, cells = np.zeros(shape), []
+    light, deepest, owner, mitoses = np.zeros(shape), np.zeros(shape), np.full(shape, -1), []
     scale = nucleus / 55  # of the cells that `draw_nucleus` gives at a radius of 25 to 30
     canvas = (136, 136)  # room for cytoplasm at all sides
     for place, mitotic in _places(shape, nucleus, density, random):
         drawn = draw_nucleus(canvas, (68, 68), random.uniform(24, 30), random)
         own = _mitosis(drawn, random) if mitotic else random.uniform(0.7, 1.1) * STAINS[pattern](drawn, random)
         depth = drawn.depth + (CYTOPLASM if pattern == "Golgi" and not mitotic else 0)
-        own, inside = zoom(own, scale, order=1), zoom(depth, scale, order=1) > 0
+        own, depth = zoom(own, scale, order=1), zoom(depth, scale, order=1)
         top, left = (int(centre - len(own) / 2) for centre in place)
-        target = light[max(top, 0) : top + len(own), max(left, 0) : left + len(own)]
-        part = own[max(-top, 0) :, max(-left, 0) :][: target.shape[0], : target.shape[1]]
-        np.maximum(target, part, out=target)
-        row, column = np.nonzero(inside)
-        box = (int(top + row.min()), int(left + column.min()), int(np.ptp(row)) + 1, int(np.ptp(column)) + 1)
-        if box[0] > 0 and box[1] > 0 and box[0] + box[2] < shape[0] and box[1] + box[3] < shape[1]:
-            cells.append(PhantomCell(box, mitotic))
+        there = (slice(max(top, 0), max(0, top + len(own))), slice(max(left, 0), max(0, left + len(own))))
+        rows, columns = light[there].shape
+        here = (slice(max(-top, 0), max(-top, 0) + rows), slice(max(-left, 0), max(-left, 0) + columns))
+        np.maximum(light[there], own[here], out=light[there])
+        owner[there][depth[here] > deepest[there]] = len(mitoses)
+        np.maximum(deepest[there], depth[here], out=deepest[there])
+        mitoses.append(mitotic)
+    cells = []
+    for box, mitotic in zip(find_objects(owner + 1, len(mitoses)), mitoses, strict=True):
+        if box and all(part.start > 0 and part.stop < side for part, side in zip(box, shape, strict=True)):
+            top, left = (part.start for part in box)
+            cells.append(PhantomCell((top, left, box[0].stop - top, box[1].stop - left), mitotic))
     row, column = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
     direction = random.uniform(0, 2 * np.pi)
     ground = random.uniform(0, 0.06) * (1 + np.cos(direction) * row + np.sin(direction) * column)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 with socket.socket() as _free:
@@ -28,6 +29,7 @@ import torch
 
 from hep2.data import Cells, load_cells
 from hep2.models import Refusal, StackEnsemble, build_model
+from hep2.phantoms import phantom_field
 from hep2.weights import save_model, save_refusal
 
 ROOT = Path(__file__).parents[1]
@@ -109,3 +111,13 @@ def serving_page(*arguments: str) -> Iterator[Served]:
     finally:
         process.terminate()
         process.wait(timeout=20)
+
+
+FIELD_SHAPE = (480, 640)
+
+
+def field_of(pattern: str, seed: int = 0, **options) -> tuple[np.ndarray, list]:
+    """Draw a field that is small enough for a test, float32, and the cells that lie whole in it."""
+    settings = {"shape": FIELD_SHAPE, "nucleus": 60.0} | options
+    image, cells = phantom_field(pattern, np.random.default_rng(seed), **settings)
+    return image.astype(np.float32), cells

@@ -1,104 +1,26 @@
 import csv
 import io
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import skimage.data
 import tifffile
+from conftest import FIELD_SHAPE as SHAPE
+from conftest import field_of
 from PIL import Image
 
-from benchmarks.fields import matches, overlap
 from hep2.__main__ import main
-from hep2.fields import NEGATIVE, NO_CELLS, NO_PATTERN, FoundCell, crop, draw_overlay, find_cells, read_specimen
+from hep2.fields import NEGATIVE, NO_CELLS, NO_PATTERN, draw_overlay, read_specimen
 from hep2.imaging import read_intensity
-from hep2.patterns import CLASS_NAMES
-from hep2.phantoms import phantom_cell, phantom_field
+from hep2.phantoms import phantom_cell
 from hep2.reader import Reader
 from hep2.weights import load_weights
-
-SHAPE = (480, 640)
 
 
 @pytest.fixture(scope="module")
 def reader() -> Reader:
     return Reader(load_weights())
-
-
-def field_of(pattern: str, seed: int = 0, **options) -> tuple[np.ndarray, list]:
-    image, cells = phantom_field(pattern, np.random.default_rng(seed), **{"shape": SHAPE, "nucleus": 60.0} | options)
-    return image.astype(np.float32), cells
-
-
-@pytest.mark.parametrize("pattern", [name for name in CLASS_NAMES if name != "Golgi"])
-@pytest.mark.parametrize("nucleus", [45.0, 80.0])
-def test_find_cells_finds_nuclei_of_any_size(pattern, nucleus):
-    # As many cells of any size: of a handful, two at a border or a scale bar are a third.
-    image, cells = field_of(pattern, nucleus=nucleus, shape=(round(11 * nucleus), round(14 * nucleus)))
-    found = find_cells(image)
-    right = matches([cell.bbox for cell in found.cells], [cell.bbox for cell in cells])
-    assert 2 * right / (len(found.cells) + len(cells)) >= 0.9
-    assert found.nucleus == pytest.approx(nucleus, rel=0.3)
-    assert not any("outside the nuclei" in note for note in found.notes)
-
-
-def test_find_cells_finds_most_cells_whose_stain_lies_outside_the_nucleus():
-    right, there = 0, 0
-    for seed in (1, 2, 3, 4):
-        image, cells = field_of("Golgi", seed, nucleus=45.0)
-        found = find_cells(image)
-        right += matches([cell.bbox for cell in found.cells], [cell.bbox for cell in cells])
-        there += len(cells)
-        assert found.nucleus == pytest.approx(45, rel=0.3)
-        assert "the stain lies outside the nuclei: whole cells are outlined" in found.notes
-    assert right / there > 0.6
-
-
-def test_overlap_of_boxes():
-    assert overlap((0, 0, 10, 10), (0, 0, 10, 10)) == 1
-    assert overlap((0, 0, 10, 10), (0, 5, 10, 10)) == pytest.approx(1 / 3)
-    assert overlap((0, 0, 10, 10), (10, 0, 10, 10)) == 0
-    assert matches([(0, 0, 10, 10)], [(0, 0, 10, 10), (1, 0, 10, 10)]) == 1
-
-
-def test_find_cells_does_not_depend_on_units_and_takes_a_pixel_size():
-    image, _ = field_of("Homogeneous")
-    boxes = [cell.bbox for cell in find_cells(image).cells]
-    assert [cell.bbox for cell in find_cells(image * 100).cells] == boxes
-    known = find_cells(image, pixel_size=11 / 60)
-    assert matches([cell.bbox for cell in known.cells], boxes) >= len(boxes) - 2
-    assert known.nucleus == pytest.approx(60)
-
-
-def test_find_cells_leaves_out_scale_bar_debris_and_cells_at_the_border():
-    image, _ = field_of("NuMem")
-    image[20:32, 20:120] = 230  # a bar
-    image[200:206, 300:306] = 250  # a speck of dust
-    found = find_cells(image)
-    assert "scale bar" in found.notes[0]
-    for cell in found.cells:
-        top, left, height, width = cell.bbox
-        assert top > 0
-        assert left > 0
-        assert top + height < SHAPE[0]
-        assert left + width < SHAPE[1]
-        assert height > 20
-        assert overlap(cell.bbox, (20, 20, 12, 100)) == 0
-
-
-def test_crop_shows_the_nucleus_as_large_as_in_the_training_cells():
-    row, column = np.indices(SHAPE)
-    image = (np.hypot(row - 240, column - 320) < 50).astype(np.float32)
-    place = {"bbox": (0, 0, 0, 0), "centre": (240.0, 320.0), "outline": np.zeros((0, 2))}
-    cell = FoundCell(**place, diameter=100.0, brightness=1.0, peak=1.0)
-    pixels = crop(image, cell, nucleus=100.0)
-    assert pixels.shape == (1, 78, 78)
-    assert (pixels[0, 39] > 0.5).sum() == pytest.approx(57, abs=2)
-    assert (pixels[0, :, 39] > 0.5).sum() == pytest.approx(57, abs=2)
-    # What lies beyond the field is mirrored in.
-    corner = crop(image[240:, 320:], replace(cell, centre=(0.0, 0.0)), nucleus=100.0)
-    np.testing.assert_allclose(corner[0, 45:, 45:], pixels[0, 45:, 45:], atol=0.1)
 
 
 @pytest.mark.parametrize("pattern", ["Homogeneous", "NuMem", "Nucleolar", "Centromere"])
