@@ -33,7 +33,9 @@ from hep2.training import Examples, augment, fit
 from hep2.weights import Weights
 
 PEER_SIZE = 224  # rows and columns of the peers' inputs, in pixels
-ROUNDS = 30  # of one cell each; interleaved, so that a busy moment hits all sides
+ROUNDS = 6  # interleaved, so that a busy moment hits all sides
+IN_A_ROW = 10  # requests of one side in a round: what the other side has left in caches is gone after the first
+REST = 0.05  # seconds before a request that finds the process at rest
 BULK = 256  # cells in one bulk measurement
 BULK_ROUNDS = 5
 PROCESSES = 3  # of each kind
@@ -67,7 +69,9 @@ def measure_speed(weights: Weights) -> dict:
         one = {"all four models": lambda: next(reader.read([("cell.png", files[0])]))}
         one |= {name: _peer_request(model, files[0]) for name, model in peers.items()}
         one["AlexNet, loaded at every request"] = _loading_request(alexnet, files[0], device)
-        latency = {name: _percentiles(seconds) for name, seconds in interleaved(one, ROUNDS).items()}
+        latency = {name: _percentiles(seconds) for name, seconds in interleaved(one, ROUNDS, in_a_row=IN_A_ROW).items()}
+        rested = {name: one[name] for name in ("all four models", "resnet18")}
+        rested = {name: _percentiles(values) for name, values in interleaved(rested, 2 * IN_A_ROW, rest=REST).items()}
     cells = torch.from_numpy(np.stack([load_cell(file).pixels for file in files]))
     images = torch.rand(32, 3, PEER_SIZE, PEER_SIZE, device=device).contiguous(memory_format=torch.channels_last)
     bulk = {"all four models": lambda: predict(weights, cells)}
@@ -87,6 +91,7 @@ def measure_speed(weights: Weights) -> dict:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "latency": latency,
+        "latency_after_rest": rested,
         "images_per_second": per_second,
         "multiply_adds": work,
         "matrix_multiply_adds_per_second": rate,
@@ -150,16 +155,25 @@ def _matrix_multiplication(device: str) -> Callable[[], Tensor]:
     return lambda: one @ other
 
 
-def interleaved(tasks: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Time every task once a round, after one round that does not count; returns seconds."""
+def interleaved(
+    tasks: dict[str, Callable], rounds: int, *, in_a_row: int = 1, rest: float = 0.0
+) -> dict[str, list[float]]:
+    """Time every task `in_a_row` times a round, after one round that does not count; returns seconds.
+
+    Each round has an order of its own, as what loads much leaves cold caches to the next. Before each time goes a
+    `rest`, in seconds.
+    """
     seconds = {name: [] for name in tasks}
+    random = np.random.default_rng(0)
     for count in range(rounds + 1):
-        for name, task in tasks.items():
-            started = time.perf_counter()
-            task()
-            _finish()
-            if count:
-                seconds[name].append(time.perf_counter() - started)
+        for name in random.permutation(list(tasks)).tolist():
+            for _ in range(in_a_row):
+                time.sleep(rest)
+                started = time.perf_counter()
+                tasks[name]()
+                _finish()
+                if count:
+                    seconds[name].append(time.perf_counter() - started)
     return seconds
 
 
@@ -175,7 +189,7 @@ def _percentiles(seconds: list[float]) -> dict[str, float]:
 
 def multiply_adds(model: nn.Module, image: Tensor) -> int:
     """Count the multiply-adds of one forward pass, from the shapes that go through it."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    with FlopCounterMode(display=False) as counter:  # with gradients on, for it knows no packed layers
         model(image)
     return counter.get_total_flops() // 2
 
@@ -251,7 +265,6 @@ def measure_training(names: tuple[str, ...] = ("cnn", "rescnn", "vit"), batches:
 
 def speed_tables(result: dict) -> str:
     """Set out what `python -m hep2 bench` measured, in Markdown."""
-    resnet = {field: result[field]["resnet18"] for field in ("latency", "images_per_second")}
     lines = [
         f"{result['device']}, {result['threads']} threads, PyTorch {result['torch']}, matrix multiplication at "
         f"{result['matrix_multiply_adds_per_second'] / 1e9:.1f} G multiply-adds a second",
@@ -259,9 +272,11 @@ def speed_tables(result: dict) -> str:
         "| one request, from file bytes to verdict | median, ms | 95th percentile, ms | beside resnet18 |",
         "|---|---|---|---|",
     ]
-    for name, row in result["latency"].items():
-        ratio = row["median"] / resnet["latency"]["median"]
-        lines.append(f"| {name} | {row['median'] * 1e3:.1f} | {row['percentile_95'] * 1e3:.1f} | {ratio:.2f} |")
+    for field, remark in (("latency", ""), ("latency_after_rest", ", after a rest")):
+        for name, row in result[field].items():
+            ratio = row["median"] / result[field]["resnet18"]["median"]
+            times = f"{row['median'] * 1e3:.1f} | {row['percentile_95'] * 1e3:.1f}"
+            lines.append(f"| {name}{remark} | {times} | {ratio:.2f} |")
     lines += [
         "",
         "| in bulk | images a second | beside resnet18 | M multiply-adds | share of matrix rate |",
@@ -270,7 +285,8 @@ def speed_tables(result: dict) -> str:
     for name, rate in result["images_per_second"].items():
         work, share = result["multiply_adds"].get(name), result["share_of_matrix_rate"].get(name)
         counted = "" if work is None else f"{work / 1e6:.0f} | {share:.0%}"
-        lines.append(f"| {name} | {rate:.0f} | {rate / resnet['images_per_second']:.1f} | {counted or '|'} |")
+        ratio = rate / result["images_per_second"]["resnet18"]
+        lines.append(f"| {name} | {rate:.0f} | {ratio:.1f} | {counted or '|'} |")
     lines += ["", "| process, to the first verdict | seconds | MB |", "|---|---|---|"]
     lines += [
         f"| {name} | {row['seconds']:.1f} | {row['bytes'] / 1e6:.0f} |" for name, row in result["processes"].items()

@@ -11,8 +11,8 @@ from hep2.patterns import IMAGE_SIZE
 
 
 @torch.inference_mode()
-def look(model: CNN | ViT, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits (batch, 6), pooled features (batch, width), and maps (batch, 78, 78) in [0, 1].
+def look(model: CNN | ViT, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return pooled features (batch, width) and maps (batch, 78, 78) in [0, 1].
 
     The maps tell what spoke for each image's verdict.
 
@@ -22,19 +22,17 @@ def look(model: CNN | ViT, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     if isinstance(model, ViT):
         pooled, coarse = _attention(model, images)
-        logits = model.head(pooled)
     else:
         features = model.forward_features(images)  # (batch, channels, 5, 5)
         pooled = model.pool(features)
-        logits = model.head(pooled)
-        weight = model.head.weight[logits.argmax(1)]  # (batch, channels)
+        weight = model.head.weight[model.head(pooled).argmax(1)]  # (batch, channels)
         coarse = torch.einsum("bc,bchw->bhw", weight, features).clamp(min=0)
     # The 80 pixels that the first convolution makes of 78 are laid back on them by leaving out the rim.
     side = IMAGE_SIZE + 2 if not isinstance(model, ViT) else IMAGE_SIZE
     fine = F.interpolate(coarse[:, None], size=(side, side), mode="bicubic", align_corners=False)[:, 0]
     rim = (side - IMAGE_SIZE) // 2
     fine = fine[:, rim : rim + IMAGE_SIZE, rim : rim + IMAGE_SIZE].clamp(min=0)
-    return logits, pooled, fine / fine.amax((1, 2), keepdim=True).clamp(min=1e-9)
+    return pooled, fine / fine.amax((1, 2), keepdim=True).clamp(min=1e-9)
 
 
 def _attention(model: ViT, images: Tensor) -> tuple[Tensor, Tensor]:

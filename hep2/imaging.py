@@ -5,6 +5,7 @@ Training, evaluation, page, API and command line all come through `load_cell`: o
 
 import io
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -254,11 +255,17 @@ def fine_detail(pixels: np.ndarray) -> float:
 
     Returns the decimal logarithm of the mean power above 0.35 cycles a pixel over that above 0.03.
     """
+    window, fine, all_but_shading = _detail_filters()
+    power = abs(np.fft.fft2((pixels[0] - pixels[0].mean()) * window)) ** 2
+    tiny = np.finfo(np.float32).tiny
+    return float(np.log10((power[fine].mean() + tiny) / (power[all_but_shading].mean() + tiny)))
+
+
+@cache
+def _detail_filters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     frequency = np.hypot(np.fft.fftfreq(IMAGE_SIZE)[:, None], np.fft.fftfreq(IMAGE_SIZE))
     window = np.hanning(IMAGE_SIZE)  # lest the borders' leap count as detail
-    power = abs(np.fft.fft2((pixels[0] - pixels[0].mean()) * np.outer(window, window))) ** 2
-    tiny = np.finfo(np.float32).tiny
-    return float(np.log10((power[frequency > 0.35].mean() + tiny) / (power[frequency > 0.03].mean() + tiny)))
+    return np.outer(window, window), frequency > 0.35, frequency > 0.03
 
 
 def _doubts(intensity: np.ndarray, pixels: np.ndarray) -> list[str]:

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hep2.patterns import CLASS_NAMES, IMAGE_SIZE
 
@@ -23,17 +22,6 @@ def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def normalised_convolution(inputs: int, outputs: int, padding: int = 1) -> nn.Sequential:
     # The norm that follows has a shift of its own, so a bias would be idle.
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=padding, bias=False), nn.BatchNorm2d(outputs))
-
-
-def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """Let each convolution take over the norm that follows it, in place: the same answers with less work.
-
-    For models in evaluation mode that are not trained any more.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
-            module[0], module[1] = fuse_conv_bn_eval(*module), nn.Identity()
-    return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +82,12 @@ class ConvolutionBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, *, skip: bool) -> None:
         super().__init__()
-        self.first = normalised_convolution(inputs, outputs)
+        self.first = normalised_convolution(inputs, outputs).append(nn.ReLU())
         self.second = normalised_convolution(outputs, outputs)
         self.skip = skip
 
     def forward(self, features: Tensor) -> Tensor:
-        result = self.second(F.relu(self.first(features)))
+        result = self.second(self.first(features))
         if self.skip:
             # New channels start from zero: the skip has no weights, so the network keeps its nine convolutions.
             missing = result.shape[1] - features.shape[1]

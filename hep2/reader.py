@@ -10,6 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hep2.explain import look
@@ -21,9 +22,11 @@ from hep2.weights import Weights
 T, R = TypeVar("T"), TypeVar("R")
 
 BATCH = 64  # images that are decoded before the models read them
+PASS = 8  # of these go through a model together on a CPU: more would not stay in its cache
 GPU_BATCH = 1024
 # One pass in each of these threads: threads that share a pass as small as this one mostly wait for each other.
-_CORES = ThreadPoolExecutor(torch.get_num_threads(), "cores", initializer=torch.set_num_threads, initargs=(1,))
+CORES = torch.get_num_threads()
+_CORES = ThreadPoolExecutor(CORES, "cores", initializer=torch.set_num_threads, initargs=(1,))
 LOW_CONFIDENCE = 0.7  # below this probability of the verdict a reading says so
 DIGITS = 6  # of a probability in an answer; what lies behind depends on the machine
 
@@ -112,23 +115,16 @@ class Predictions(NamedTuple):
 def predict(weights: Weights, images: Tensor) -> Predictions:
     """Let all models read images (cells, 1, 78, 78), float32 in [0, 1].
 
-    On a CPU each cell is a pass of its own, which costs no more than its share of a batch, and a cell gets the same
-    answer to the last digit whatever it comes together with. On a GPU cells go in batches.
+    On a CPU the kernels do with each cell of a pass what they would do with it alone, and what follows is computed in
+    double precision: a cell gets the same answer to the last digit whatever it comes together with.
     """
-    batches = images.split(1 if weights.device == "cpu" else GPU_BATCH)
-    passes = _run(weights, _logits_and_features, batches)
-    parts = [
-        _combined(weights, {name: values[part] for name, values in passes.items()}) for part in range(len(batches))
-    ]
-    return Predictions(
-        {name: np.concatenate([part.probabilities[name] for part in parts]) for name in weights.models},
-        np.concatenate([part.refused for part in parts]),
-    )
+    size = GPU_BATCH if weights.device != "cpu" else min(PASS, -(-len(images) // CORES))
+    passes = _run(weights, _features, images.split(max(1, size)))
+    return _combined(weights, {name: torch.cat(features) for name, features in passes.items()})
 
 
-def _logits_and_features(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    features = model.pool(model.forward_features(images))
-    return model.head(features), features
+def _features(model: nn.Module, images: Tensor) -> Tensor:
+    return model.pool(model.forward_features(images))
 
 
 def _run(weights: Weights, forward: Callable[[nn.Module, Tensor], R], batches: Sequence[Tensor]) -> dict[str, list[R]]:
@@ -138,29 +134,38 @@ def _run(weights: Weights, forward: Callable[[nn.Module, Tensor], R], batches: S
     def task(model: nn.Module, batch: Tensor) -> R:
         return forward(model, batch.to(weights.device))
 
-    names = [name for name in weights.models if name != "ensemble"]
+    # The longest first: what comes last should not keep one core busy alone.
+    names = sorted((name for name in weights.models if name != "ensemble"), key=lambda name: name != "vit")
     # A card does one thing after the other; the cores of a CPU share out models and cells.
     if weights.device != "cpu":
         return {name: [task(weights.models[name], batch) for batch in batches] for name in names}
     waiting = {name: [_CORES.submit(task, weights.models[name], batch) for batch in batches] for name in names}
-    return {name: [future.result() for future in futures] for name, futures in waiting.items()}
+    return {name: [future.result() for future in waiting[name]] for name in weights.models if name in waiting}
 
 
 @torch.inference_mode()
-def _combined(weights: Weights, passes: dict[str, tuple[Tensor, Tensor]]) -> Predictions:
-    """Turn the single models' logits and pooled features into probabilities of all, and refusals."""
-    result = {name: probabilities(logits, weights.temperature(name)) for name, (logits, _) in passes.items()}
+def _combined(weights: Weights, features: dict[str, Tensor]) -> Predictions:
+    """Turn the single models' pooled features (cells, width) into probabilities of all, and refusals."""
+    result = {
+        name: probabilities(_linear(weights.models[name].head, values), weights.temperature(name))
+        for name, values in features.items()
+    }
     if "ensemble" in weights.models:
         # The stack takes the probabilities that its members have just given, and does not run them again.
         stacked = torch.cat([result[name] for name in StackEnsemble.member_names], dim=1)
-        stacked = weights.models["ensemble"].linear(stacked)
-        result["ensemble"] = probabilities(stacked, weights.temperature("ensemble"))
+        logits = _linear(weights.models["ensemble"].linear, stacked)
+        result["ensemble"] = probabilities(logits, weights.temperature("ensemble"))
     first = next(iter(result.values()))
     refused = torch.zeros(len(first), dtype=torch.bool)
     if weights.refusal is not None:
-        features = torch.cat([passes[name][1].float() for name in weights.refusal.members], dim=1)
-        refused = weights.refusal(features) < weights.refusal.threshold
+        seen = torch.cat([features[name].float() for name in weights.refusal.members], dim=1)
+        refused = weights.refusal(seen) < weights.refusal.threshold
     return Predictions({name: values.cpu().numpy() for name, values in result.items()}, refused.cpu().numpy())
+
+
+def _linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    # One row and many go through different kernels, whose roundings differ: beyond the digits that are kept.
+    return F.linear(inputs.double(), layer.weight.double(), layer.bias.double())
 
 
 def csv_header(weights: Weights) -> list[str]:
@@ -216,16 +221,16 @@ class Reader:
         """
         read_cells = read_cells or self.read_cells
         for batch in _batches(sources):
-            decoded = [(name, _decoded(name, source)) for name, source in batch]
-            cells = [(name, cell) for name, cell in decoded if isinstance(cell, Cell)]
+            decoded = list(_CORES.map(_decoded, *zip(*batch, strict=True)))
+            cells = [(name, cell) for (name, _), cell in zip(batch, decoded, strict=True) if isinstance(cell, Cell)]
             readings = iter(read_cells(cells) if cells else ())
-            yield from (cell if isinstance(cell, Failure) else next(readings) for _, cell in decoded)
+            yield from (cell if isinstance(cell, Failure) else next(readings) for cell in decoded)
 
     def explain(self, name: str, cell: Cell) -> Explanation:
         """Read one cell and say where each model looked, in one forward pass."""
         looked = _run(self.weights, look, [torch.from_numpy(cell.pixels)[None]])
-        answers = _combined(self.weights, {model: passed[:2] for model, [passed] in looked.items()})
-        maps = {model: values[0].cpu().numpy() for model, [(_, _, values)] in looked.items()}
+        answers = _combined(self.weights, {model: features for model, [(features, _)] in looked.items()})
+        maps = {model: values[0].cpu().numpy() for model, [(_, values)] in looked.items()}
         maps["ensemble"] = np.mean([maps[model] for model in StackEnsemble.member_names], axis=0)
         return Explanation(self._reading(name, cell, answers, 0), maps)
 

@@ -19,7 +19,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from hep2.imaging import PREPROCESSING
-from hep2.models import MODELS, Refusal, StackEnsemble, build_model, fold_batch_norm
+from hep2.inference import ready_to_read
+from hep2.models import MODELS, Refusal, StackEnsemble, build_model
 from hep2.patterns import CLASS_NAMES
 from hep2.training import write_atomically
 
@@ -174,7 +175,7 @@ def load_weights(
             except (ValueError, TypeError, RuntimeError, MemoryError) as error:  # a size that no memory holds among it
                 raise ValueError(f"{folder / name / 'config.json'}: {error}") from error
             _load_tensors(models[name], path)
-            fold_batch_norm(models[name].eval()).to(memory_format=torch.channels_last)
+            ready_to_read(models[name])
         models[name].eval()
     refusal = None
     if with_refusal and (folder / "refusal").is_dir():

@@ -11,9 +11,9 @@ from hep2.models import build_model
 def test_look_gives_the_forward_pass_and_a_map_of_the_cell(name, phantoms):
     torch.manual_seed(0)
     model = build_model(name).eval()
-    logits, _, maps = look(model, phantoms.images[:3])
+    features, maps = look(model, phantoms.images[:3])
     with torch.inference_mode():
-        torch.testing.assert_close(logits, model(phantoms.images[:3]))
+        torch.testing.assert_close(model.head(features), model(phantoms.images[:3]))
     assert maps.shape == (3, 78, 78)
     assert maps.min() >= 0
     assert maps.amax((1, 2)).allclose(torch.ones(3)) or (maps == 0).all()
@@ -32,7 +32,7 @@ def test_class_activation_points_at_what_speaks_for_the_class():
         model.head.bias.zero_()
     image = torch.zeros(1, 1, 78, 78)
     image[..., :30, 45:] = 1
-    _, _, maps = look(model, image)
+    _, maps = look(model, image)
     assert maps[0, :30, 48:].mean() > 5 * maps[0, 45:, :30].mean()
 
 
@@ -49,7 +49,7 @@ def test_attention_points_at_the_patch_that_the_class_token_attends_to():
         model.positions.normal_()
         model.positions[..., 0] = 0
         model.positions[0, 1 + 5 * 13 + 7, 0] = 30
-    _, _, maps = look(model, torch.zeros(1, 1, 78, 78))
+    _, maps = look(model, torch.zeros(1, 1, 78, 78))
     row, column = divmod(int(maps[0].argmax()), 78)
     assert (row // 6, column // 6) == (5, 7)
 

@@ -1,0 +1,44 @@
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from hep2.inference import PackedConvolution, PackedLinear, ready_to_read
+from hep2.models import build_model
+
+NAMES = ("cnn", "rescnn", "vit")
+
+
+def trained(name: str) -> nn.Module:
+    """Build a model whose norms have seen something."""
+    torch.manual_seed(0)
+    model = build_model(name)
+    model(torch.rand(8, 1, 78, 78))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ready_to_read_changes_no_answer(name):
+    images = torch.rand(3, 1, 78, 78)
+    with torch.inference_mode():
+        expected = trained(name)(images)
+    model = ready_to_read(trained(name))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    with torch.inference_mode():
+        for _ in range(2):  # the first pass packs the weights
+            torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(model(images[:1]), expected[:1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=1e-4)  # with gradients, as an ordinary one
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ready_to_read_packs_every_layer_and_bears_a_copy(name):
+    model = ready_to_read(trained(name))
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    assert all(isinstance(layer, (PackedConvolution, PackedLinear)) for layer in layers)
+    image = torch.rand(1, 1, 78, 78)
+    with torch.inference_mode():
+        assert torch.equal(deepcopy(model)(image), model(image))
+        assert torch.equal(deepcopy(model)(image), model(image))  # of a model that has packed its weights
+    assert set(model.state_dict()) == set(deepcopy(model).state_dict())
