@@ -1,23 +1,39 @@
 """How well cells are found in synthetic fields, and specimens read from them; where every cell lies is known.
 
-    python -m benchmarks.fields [--fields 50] [--specimens 20]
+    python -m benchmarks.fields [--fields 50] [--specimens 20] [--others 10] [--cost]
 
 Detection: a found cell is right where its box and that of a nucleus overlap with an intersection over union of 0.5.
-Specimens: one field each of every pattern. Takes some minutes on two cores. Prints tables in Markdown.
+Specimens: one field each of every pattern. Others: fields whose cells show none of the six patterns. Cost: seconds and
+memory of larger and larger fields, with loaded models and from the start of a process. Takes some minutes on two cores.
+Prints tables in Markdown.
 """
 
 import argparse
 import sys
+import tempfile
 import time
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from benchmarks.growth import watched
 from hep2.fields import read_specimen
 from hep2.hub import open_weights
 from hep2.patterns import CLASS_NAMES
-from hep2.phantoms import phantom_field
+from hep2.phantoms import OTHER_STAINS, phantom_field
 from hep2.reader import Reader
 from hep2.segmentation import find_cells
+
+# Shape, nuclei across in pixels, and density: cells grow at one size of field, then the field.
+COSTS = (
+    ((966, 1296), 60.0, 0.15),
+    ((966, 1296), 60.0, 0.3),
+    ((966, 1296), 60.0, 0.6),
+    ((2160, 2560), 60.0, 0.5),
+    ((4472, 4472), 90.0, 0.5),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,12 +41,25 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fields", type=int, default=50, help="for detection, of patterns in turn")
     parser.add_argument("--specimens", type=int, default=20, help="of each pattern, for the verdict")
+    parser.add_argument("--others", type=int, default=10, help="of each other pattern, which should get no verdict")
+    parser.add_argument("--cost", action="store_true", help="measure seconds and memory too")
     parser.add_argument("--weights", help="OWNER/NAME[@revision] or a folder (default: the bundled ones)")
     arguments = parser.parse_args(argv)
+    measure_detection(arguments.fields)
+    reader = Reader(open_weights(arguments.weights))
+    measure_verdicts(reader, dict.fromkeys(CLASS_NAMES, arguments.specimens))
+    measure_verdicts(reader, dict.fromkeys(OTHER_STAINS, arguments.others))
+    if arguments.cost:
+        measure_cost(reader)
+    return 0
+
+
+def measure_detection(count: int) -> None:
+    """Find the cells of `count` fields, of patterns, sizes and densities in turn."""
     print("| pattern | fields | cells | precision | recall | F1 at IoU 0.5 |\n|---|---|---|---|---|---|")
     every = dict.fromkeys(CLASS_NAMES, np.zeros(3, int))  # right, found, there
     fields = dict.fromkeys(CLASS_NAMES, 0)
-    for number in range(arguments.fields):
+    for number in range(count):
         pattern = CLASS_NAMES[number % len(CLASS_NAMES)]
         random = np.random.default_rng((9, number))
         nucleus, density = random.uniform(40, 140), random.uniform(0.2, 0.8)
@@ -39,24 +68,47 @@ def main(argv: list[str] | None = None) -> int:
         there = [cell.bbox for cell in cells]
         every[pattern] = every[pattern] + (matches(found, there), len(found), len(there))
         fields[pattern] += 1
-    every["all"], fields["all"] = sum(every.values()), arguments.fields
+    every["all"], fields["all"] = sum(every.values()), count
     for pattern, (right, found, there) in every.items():
         precision, recall = right / max(found, 1), right / max(there, 1)
         f1 = 2 * precision * recall / max(precision + recall, 1e-9)
         print(f"| {pattern} | {fields[pattern]} | {there} | {precision:.3f} | {recall:.3f} | {f1:.3f} |")
-    print("\n| pattern | specimens | right | others' verdicts | seconds each |\n|---|---|---|---|---|")
-    reader = Reader(open_weights(arguments.weights))
-    for pattern in CLASS_NAMES:
+
+
+def measure_verdicts(reader: Reader, specimens: dict[str, int]) -> None:
+    """Read so many specimens of each pattern, one field each; of another pattern than the six, no verdict is right."""
+    print("\n| pattern | specimens | right | verdicts | seconds each |\n|---|---|---|---|---|")
+    for pattern, count in specimens.items():
         verdicts, started = [], time.perf_counter()
-        for number in range(arguments.specimens):
+        for number in range(count):
             random = np.random.default_rng((10, number))
             image, _ = phantom_field(pattern, random, nucleus=random.uniform(50, 120), density=random.uniform(0.3, 0.7))
             verdicts.append(read_specimen(reader, [("phantom", image.astype(np.float32), [])]).verdict)
-        seconds = (time.perf_counter() - started) / max(1, arguments.specimens)
-        others = {verdict: verdicts.count(verdict) for verdict in verdicts if verdict != pattern}
-        listed = ", ".join(f"{verdict} {count}" for verdict, count in others.items())
-        print(f"| {pattern} | {len(verdicts)} | {verdicts.count(pattern)} | {listed} | {seconds:.1f} |")
-    return 0
+        seconds = (time.perf_counter() - started) / max(1, count)
+        right = sum(v == pattern or (pattern in OTHER_STAINS and v not in CLASS_NAMES) for v in verdicts)
+        listed = ", ".join(f"{verdict} {number}" for verdict, number in Counter(verdicts).most_common())
+        print(f"| {pattern} | {count} | {right} | {listed} | {seconds:.1f} |", flush=True)
+
+
+def measure_cost(reader: Reader) -> None:
+    """Read fields of more and more cells, and of more and more pixels."""
+    print(
+        "\n| megapixels | nuclei across | cells | seconds | from the process's start | MB |\n|---|---|---|---|---|---|"
+    )
+    for shape, nucleus, density in COSTS:
+        image, _ = phantom_field("NuMem", np.random.default_rng(0), shape=shape, nucleus=nucleus, density=density)
+        started = time.perf_counter()
+        specimen = read_specimen(reader, [("phantom", image.astype(np.float32), [])])
+        seconds = time.perf_counter() - started
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "field.png"
+            Image.fromarray(image).save(path)
+            whole, memory = watched(["specimen", str(path)])
+        print(
+            f"| {image.size / 1e6:.1f} | {nucleus:.0f} | {len(specimen.cells)} | {seconds:.1f} | {whole:.1f} | "
+            f"{memory / 1e6:.0f} |",
+            flush=True,
+        )
 
 
 def matches(found: list[tuple[int, int, int, int]], there: list[tuple[int, int, int, int]]) -> int:

@@ -62,9 +62,14 @@ def draw(folder: Path, count: int) -> list[str]:
 
 def classify(folder: Path, table: Path) -> tuple[float, int]:
     """Read all cells of a folder by the command line; returns seconds and bytes."""
+    return watched(["classify", str(folder), "--output", str(table)])
+
+
+def watched(arguments: list[str]) -> tuple[float, int]:
+    """Run `python -m hep2` with these arguments; returns seconds from its start to its end, and the bytes it held."""
     started, memory = time.perf_counter(), 0
-    command = [sys.executable, "-m", "hep2", "classify", str(folder), "--output", str(table)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "hep2", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         memory = high_water(process.pid) or memory
         time.sleep(0.05)

@@ -141,7 +141,8 @@ def read_specimen(
     faint = all(_is_faint(intensity, one) for (_, intensity, _), one in zip(fields, found, strict=True))
     # A field without cells says nothing of how they are stained.
     stained = float(np.mean([one.stained for one in found if one.cells] or [0.0]))
-    pooled = _pool(read, faint, stained)
+    hollow = all(one.hollow for one in found if one.cells)
+    pooled = _pool(read, faint, stained, hollow)
     if not read and pixel_size:
         expected = NUCLEUS_MICRONS / pixel_size
         warnings.append(
@@ -174,8 +175,11 @@ def _is_faint(intensity: np.ndarray, found: FoundField) -> bool:
     return float(np.median([cell.brightness for cell in found.cells])) / full < FAINT and peak < FAINT_PEAK
 
 
-def _pool(cells: list[CellReading], faint: bool, stained: float) -> dict:
-    """Weigh the cells' calibrated probabilities; returns the fields of `SpecimenReading` that say what they show."""
+def _pool(cells: list[CellReading], faint: bool, stained: float, hollow: bool) -> dict:
+    """Weigh the cells' calibrated probabilities; returns the fields of `SpecimenReading` that say what they show.
+
+    `hollow` tells that the stain lies outside the nuclei in all fields with cells.
+    """
     counted = [cell for cell in cells if cell.counted]
     if not cells:
         remark = "no whole cell was found: is it a field of cells, bright on dark?"
@@ -197,6 +201,10 @@ def _pool(cells: list[CellReading], faint: bool, stained: float) -> dict:
     draws = values[random.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)  # (resamples, 6)
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     first, next_one = mean.argsort()[::-1][:2]
+    # In single cells mitochondria pass for a nuclear membrane. That the nuclei are dark, the whole field tells better.
+    if hollow and PATTERNS[first].nuclear:
+        remark = f"refused: the cells resemble {CLASS_NAMES[first]}, but the stain lies outside the nuclei"
+        return {"verdict": NO_PATTERN, "warnings": [remark]}
     warnings = []
     if mean[first] < LOW_CONFIDENCE:
         warnings.append(f"low confidence: the verdict has a probability of {mean[first]:.0%}")

@@ -28,6 +28,7 @@ class Pattern:
     families: tuple[str, ...]
     antigens: str
     associations: str
+    nuclear: bool = True  # whether the antigens lie in the nucleus
 
 
 # In the order of the dataset's labels: the position is the class index everywhere.
@@ -45,6 +46,7 @@ PATTERNS = (
         families=("AC-22",),
         antigens="giantin, golgins",
         associations="varied, not clearly systemic",
+        nuclear=False,
     ),
     Pattern(
         name="Homogeneous",

@@ -76,23 +76,27 @@ def phantom_field(
 ) -> tuple[np.ndarray, list[PhantomCell]]:
     """Draw a whole slide field of one pattern: uint8 of `shape`, and the cells that lie whole in it.
 
-    `nucleus` is what a nucleus is across, in pixels; at a `density` of 1 there is hardly room for one more. A tenth of
-    the cells touch another, and some are in mitosis; ground and light are uneven, and a scale bar may be drawn in.
+    `pattern` is one of the six, or one of `OTHER_STAINS`. `nucleus` is what a nucleus is across, in pixels; at a
+    `density` of 1 there is hardly room for one more. A tenth of the cells touch another, and some are in mitosis;
+    ground and light are uneven, and a scale bar may be drawn in.
 
     Raises
     ------
     ValueError
-        If `pattern` is none of the six.
+        If `pattern` is neither.
     """
-    if pattern not in STAINS:
-        raise ValueError(f"unknown pattern {pattern!r}: choose one of {CLASS_NAMES}")
+    stain = (STAINS | OTHER_STAINS).get(pattern)
+    if stain is None:
+        raise ValueError(f"unknown pattern {pattern!r}: choose one of {(*CLASS_NAMES, *OTHER_STAINS)}")
     light, deepest, owner, mitoses = np.zeros(shape), np.zeros(shape), np.full(shape, -1), []
     scale = nucleus / 55  # of the cells that `draw_nucleus` gives at a radius of 25 to 30
     canvas = (136, 136)  # room for cytoplasm at all sides
+    faded = np.outer(*2 * [np.hanning(canvas[0]) ** 0.5])  # fibres would show where the canvas ends
     for place, mitotic in _places(shape, nucleus, density, random):
         drawn = draw_nucleus(canvas, (68, 68), random.uniform(24, 30), random)
-        own = _mitosis(drawn, random) if mitotic else random.uniform(0.7, 1.1) * STAINS[pattern](drawn, random)
+        own = _mitosis(drawn, random) if mitotic else random.uniform(0.7, 1.1) * stain(drawn, random)
         depth = drawn.depth + (CYTOPLASM if pattern == "Golgi" and not mitotic else 0)
+        own *= faded if pattern in OTHER_STAINS else 1
         own, depth = zoom(own, scale, order=1), zoom(depth, scale, order=1)
         top, left = (int(centre - len(own) / 2) for centre in place)
         there = (slice(max(top, 0), max(0, top + len(own))), slice(max(left, 0), max(0, left + len(own))))
@@ -259,6 +263,46 @@ def _dome(nucleus: Nucleus, height: float, softness: float) -> np.ndarray:
     return gaussian_filter(nucleus.inside, softness) * thickness
 
 
+def _mitochondrial(nucleus: Nucleus, random: Random) -> np.ndarray:
+    # AC-21: grains all through the cytoplasm, a dark nucleus.
+    cytoplasm = np.exp(np.minimum(nucleus.depth, 0) / random.uniform(6, 14)) * (
+        1 - random.uniform(0.7, 1) * nucleus.inside
+    )
+    grains = np.exp(random.uniform(0.4, 0.9) * grain(nucleus.depth.shape, random.uniform(0.7, 1.5), random))
+    return cytoplasm * grains + random.uniform(0, 0.15) * nucleus.inside
+
+
+def _few_dots(nucleus: Nucleus, random: Random) -> np.ndarray:
+    # AC-6, AC-7: a few dots in the nucleus, where centromeres would be fifty.
+    shape, count = nucleus.depth.shape, random.integers(1, 12)
+    angle, distance = random.uniform(0, 2 * np.pi, count), nucleus.radius * 0.85 * random.uniform(0, 1, count) ** 0.5
+    places = np.stack([nucleus.centre[0] + distance * np.sin(angle), nucleus.centre[1] + distance * np.cos(angle)], 1)
+    dots = spots(shape, places, random.uniform(0.8, 1.6, count), random.uniform(0.5, 1.2, count))
+    body = np.exp(np.minimum(nucleus.depth, 0) / random.uniform(4, 14))
+    texture = 1 + random.uniform(0, 0.2) * grain(shape, random.uniform(0.7, 1.5), random)
+    return dots + random.uniform(0.05, 0.4) * body * texture.clip(0)
+
+
+def _fibrillar(nucleus: Nucleus, random: Random) -> np.ndarray:
+    # AC-15 to AC-17: fibres through the cytoplasm, past a darker nucleus or over it.
+    row, column = np.indices(nucleus.depth.shape) - np.array(nucleus.centre)[:, None, None]
+    light, direction = np.zeros(nucleus.depth.shape), random.uniform(0, np.pi)
+    for _ in range(random.integers(8, 40)):
+        tilt = direction + random.normal(0, random.choice([0.1, 1.0]))
+        top, left = random.uniform(-IMAGE_SIZE / 2, IMAGE_SIZE / 2, 2)
+        along = (column - left) * np.cos(tilt) + (row - top) * np.sin(tilt)
+        across = (row - top) * np.cos(tilt) - (column - left) * np.sin(tilt) + random.normal(0, 0.004) * along**2
+        light += random.uniform(0.3, 1) * np.exp(-((across / random.uniform(0.8, 1.6)) ** 2)) * (abs(along) < 40)
+    return light * (1 - random.uniform(0, 0.8) * nucleus.inside) + 0.1
+
+
+def _diffuse(nucleus: Nucleus, random: Random) -> np.ndarray:
+    # AC-19, AC-20: a cytoplasm evenly or finely stained, a darker nucleus.
+    edge = 1 / (1 + np.exp(-(nucleus.depth + random.uniform(10, 25)) / random.uniform(1, 4)))
+    texture = 1 + random.uniform(0, 0.3) * grain(nucleus.depth.shape, random.uniform(0.7, 2), random)
+    return edge * (1 - random.uniform(0.4, 1) * nucleus.inside) * texture.clip(0)
+
+
 STAINS = {
     "Centromere": _centromere,
     "Golgi": _golgi,
@@ -266,6 +310,13 @@ STAINS = {
     "NuMem": _numem,
     "Nucleolar": _nucleolar,
     "Speckled": _speckled,
+}
+# Patterns that are none of the six: what a reader must not take for one of them.
+OTHER_STAINS = {
+    "mitochondria": _mitochondrial,
+    "few nuclear dots": _few_dots,
+    "fibres": _fibrillar,
+    "diffuse cytoplasm": _diffuse,
 }
 
 

@@ -14,7 +14,7 @@ from hep2.augmentation import augment_tuned
 from hep2.imaging import ImageError, prepare
 from hep2.models import Refusal
 from hep2.patterns import CLASS_NAMES, IMAGE_SIZE
-from hep2.phantoms import Nucleus, draw_nucleus, grain, phantom_cell, photograph, spots
+from hep2.phantoms import OTHER_STAINS, Nucleus, draw_nucleus, phantom_cell, photograph
 
 Random = np.random.Generator
 
@@ -225,48 +225,13 @@ def too_far(random: Random, cells: np.ndarray) -> np.ndarray:
     return mosaic[:IMAGE_SIZE, :IMAGE_SIZE]
 
 
-def mitochondrial(random: Random, cells: np.ndarray) -> np.ndarray:
-    """Another pattern: grains all through the cytoplasm (AC-21), a dark nucleus."""
-    nucleus = _nucleus(random)
-    cytoplasm = np.exp(np.minimum(nucleus.depth, 0) / random.uniform(6, 14)) * (
-        1 - random.uniform(0.7, 1) * nucleus.inside
-    )
-    grains = np.exp(random.uniform(0.4, 0.9) * grain(SHAPE, random.uniform(0.7, 1.5), random))
-    return photograph(cytoplasm * grains + random.uniform(0, 0.15) * nucleus.inside, random)
+def other_pattern(stain: str) -> Callable[[Random, np.ndarray], np.ndarray]:
+    """Return a draw function for a cell of another pattern than the six; see `hep2.phantoms.OTHER_STAINS`."""
 
+    def draw(random: Random, cells: np.ndarray) -> np.ndarray:
+        return photograph(OTHER_STAINS[stain](_nucleus(random), random), random)
 
-def few_dots(random: Random, cells: np.ndarray) -> np.ndarray:
-    """Another pattern: a few dots in the nucleus (AC-6, AC-7), where centromeres would be fifty."""
-    nucleus = _nucleus(random)
-    count = random.integers(1, 12)
-    angle, distance = random.uniform(0, 2 * np.pi, count), nucleus.radius * 0.85 * random.uniform(0, 1, count) ** 0.5
-    places = np.stack([nucleus.centre[0] + distance * np.sin(angle), nucleus.centre[1] + distance * np.cos(angle)], 1)
-    dots = spots(SHAPE, places, random.uniform(0.8, 1.6, count), random.uniform(0.5, 1.2, count))
-    body = np.exp(np.minimum(nucleus.depth, 0) / random.uniform(4, 14))
-    texture = 1 + random.uniform(0, 0.2) * grain(SHAPE, random.uniform(0.7, 1.5), random)
-    return photograph(dots + random.uniform(0.05, 0.4) * body * texture.clip(0), random)
-
-
-def fibrillar(random: Random, cells: np.ndarray) -> np.ndarray:
-    """Another pattern: fibres through the cytoplasm (AC-15 to AC-17), past a darker nucleus or over it."""
-    row, column = np.indices(SHAPE)
-    nucleus, light = _nucleus(random), np.zeros(SHAPE)
-    direction = random.uniform(0, np.pi)
-    for _ in range(random.integers(8, 40)):
-        tilt = direction + random.normal(0, random.choice([0.1, 1.0]))
-        top, left = random.uniform(0, IMAGE_SIZE, 2)
-        along = (column - left) * np.cos(tilt) + (row - top) * np.sin(tilt)
-        across = (row - top) * np.cos(tilt) - (column - left) * np.sin(tilt) + random.normal(0, 0.004) * along**2
-        light += random.uniform(0.3, 1) * np.exp(-((across / random.uniform(0.8, 1.6)) ** 2)) * (abs(along) < 40)
-    return photograph(light * (1 - random.uniform(0, 0.8) * nucleus.inside) + 0.1, random)
-
-
-def diffuse(random: Random, cells: np.ndarray) -> np.ndarray:
-    """Another pattern: a cytoplasm evenly or finely stained (AC-19, AC-20), a darker nucleus."""
-    nucleus = _nucleus(random)
-    edge = 1 / (1 + np.exp(-(nucleus.depth + random.uniform(10, 25)) / random.uniform(1, 4)))
-    texture = 1 + random.uniform(0, 0.3) * grain(SHAPE, random.uniform(0.7, 2), random)
-    return photograph(edge * (1 - random.uniform(0.4, 1) * nucleus.inside) * texture.clip(0), random)
+    return draw
 
 
 def _nucleus(random: Random) -> Nucleus:
@@ -290,8 +255,8 @@ NOT_CELLS: dict[str, Callable[[Random, np.ndarray], np.ndarray]] = {
     "scrambled cells": scrambled,
     "pieces of a nucleus": too_near,
     "many small cells": too_far,
-    "mitochondrial pattern": mitochondrial,
-    "few nuclear dots": few_dots,
-    "fibres": fibrillar,
-    "cytoplasmic pattern": diffuse,
+    "mitochondrial pattern": other_pattern("mitochondria"),
+    "few nuclear dots": other_pattern("few nuclear dots"),
+    "fibres": other_pattern("fibres"),
+    "cytoplasmic pattern": other_pattern("diffuse cytoplasm"),
 }
