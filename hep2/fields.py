@@ -141,7 +141,7 @@ def read_specimen(
     faint = all(_is_faint(intensity, one) for (_, intensity, _), one in zip(fields, found, strict=True))
     # A field without cells says nothing of how they are stained.
     stained = float(np.mean([one.stained for one in found if one.cells] or [0.0]))
-    hollow = all(one.hollow for one in found if one.cells)
+    hollow = sum(len(one.cells) for one in found if one.hollow) > len(placed) / 2
     pooled = _pool(read, faint, stained, hollow)
     if not read and pixel_size:
         expected = NUCLEUS_MICRONS / pixel_size
@@ -178,7 +178,7 @@ def _is_faint(intensity: np.ndarray, found: FoundField) -> bool:
 def _pool(cells: list[CellReading], faint: bool, stained: float, hollow: bool) -> dict:
     """Weigh the cells' calibrated probabilities; returns the fields of `SpecimenReading` that say what they show.
 
-    `hollow` tells that the stain lies outside the nuclei in all fields with cells.
+    `hollow` tells that the stain lies outside the nuclei, of most cells at least.
     """
     counted = [cell for cell in cells if cell.counted]
     if not cells:
@@ -210,7 +210,8 @@ def _pool(cells: list[CellReading], faint: bool, stained: float, hollow: bool) -
         warnings.append(f"low confidence: the verdict has a probability of {mean[first]:.0%}")
     if len(counted) < FEW:
         warnings.append(f"only {len(counted)} cells were read: the verdict rests on few")
-    second = CLASS_NAMES[next_one] if low[next_one] > SECOND else None
+    there = low[next_one] > SECOND and not (hollow and PATTERNS[next_one].nuclear)
+    second = CLASS_NAMES[next_one] if there else None
     if second:
         warnings.append(f"mixed: {second} is there too, with a probability of {mean[next_one]:.0%}")
     return {

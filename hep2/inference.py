@@ -8,8 +8,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 def ready_to_read(model: nn.Module) -> nn.Module:
     """Prepare a model in evaluation mode, in place, that is not trained any more.
 
-    Each convolution takes over the norm that follows it, and a ReLU that follows both; convolutions and linear layers
-    become their packed kind.
+    In each `nn.Sequential` that begins with a convolution and its norm, the convolution takes over the norm, and a ReLU
+    if that is the third and last; all convolutions and linear layers become their packed kind.
     """
     model.eval()
     for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
@@ -25,35 +25,56 @@ def ready_to_read(model: nn.Module) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
-    hasattr(torch.ops.mkldnn, name)
-    for name in ("_convolution_pointwise", "_reorder_linear_weight", "_linear_pointwise")
-)
+def _onednn_works() -> bool:
+    """Tell whether oneDNN is there, with all that packed layers call, and quick at it."""
+    operators = (
+        (torch.ops.mkldnn, "_convolution_pointwise"),
+        (torch.ops.mkldnn, "_reorder_linear_weight"),
+        (torch.ops.mkldnn, "_linear_pointwise"),
+        (torch._C._nn, "mkldnn_reorder_conv2d_weight"),
+    )
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(*operator) for operator in operators):
+        return False
+    # On 64-bit Arm another library stands behind it, whose fused convolutions are slow.
+    on_arm = getattr(torch.ops.mkldnn, "_is_mkldnn_acl_supported", None)
+    return on_arm is None or not on_arm()
+
+
+_ONEDNN_WORKS = _onednn_works()
 
 
 class _Packed:
     """A layer that on a CPU keeps its weights as oneDNN lays them out, and calls oneDNN itself.
 
     PyTorch hands small convolutions of one image to a slow kernel, lays out the weights of the others anew in every
-    pass, and takes linear layers to a library that some processors run at half their rate: one cell takes 1.4 times as
-    long. The operators are those that `torch.compile` uses on CPUs; where they are missing, and wherever a pass is
-    recorded, compiled or on a card, the layer is an ordinary one.
+    pass, and takes linear layers to a library that some processors run at half their rate. The operators are private
+    ones, made for `torch.compile`: where they are missing, and wherever a pass has gradients, is compiled or is on a
+    card, the layer is an ordinary one.
     """
 
     _weights: Tensor | None = None
+    _version = -1
 
     def _packs(self, inputs: Tensor) -> bool:
         return (
-            inputs.device.type == "cpu"
-            and inputs.dtype == torch.float32
+            _ONEDNN_WORKS
+            and torch.backends.mkldnn.enabled
+            and inputs.device.type == "cpu"
+            and inputs.dtype == self.weight.dtype == torch.float32
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            and _HAS_ONEDNN
         )
+
+    def _packed(self, inputs: Tensor) -> Tensor:
+        # Weights that were loaded or changed since are packed anew; those made in inference mode tell of no change.
+        version = 0 if self.weight.is_inference() else self.weight._version
+        if self._weights is None or self._version != version:
+            self._weights, self._version = self._pack(inputs), version
+        return self._weights
 
     def __getstate__(self) -> dict:
         # What is packed can neither be copied nor stored, and is soon packed again.
-        return {key: value for key, value in self.__dict__.items() if key != "_weights"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_weights", "_version")}
 
 
 class PackedConvolution(_Packed, nn.Conv2d):
@@ -61,29 +82,33 @@ class PackedConvolution(_Packed, nn.Conv2d):
 
     activation = "none"
 
+    @property
+    def _geometry(self) -> tuple:
+        return self.padding, self.stride, self.dilation, self.groups
+
+    def _pack(self, images: Tensor) -> Tensor:
+        weight = self.weight.detach().contiguous().to_mkldnn()
+        return torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *self._geometry, list(images.shape))
+
     def forward(self, images: Tensor) -> Tensor:
         if not self._packs(images):
             features = super().forward(images)
             return torch.relu(features) if self.activation == "relu" else features
-        geometry = (self.padding, self.stride, self.dilation, self.groups)
-        if self._weights is None:
-            weight = self.weight.detach().contiguous().to_mkldnn()
-            self._weights = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *geometry, list(images.shape))
-        return torch.ops.mkldnn._convolution_pointwise(
-            images, self._weights, self.bias, *geometry, self.activation, [], ""
-        )
+        operands = (images, self._packed(images), self.bias, *self._geometry)
+        return torch.ops.mkldnn._convolution_pointwise(*operands, self.activation, [], "")
 
 
 class PackedLinear(_Packed, nn.Linear):
     """A linear layer; see `_Packed`."""
 
+    def _pack(self, inputs: Tensor) -> Tensor:
+        rows = inputs.numel() // inputs.shape[-1]
+        return torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), rows)
+
     def forward(self, inputs: Tensor) -> Tensor:
         if not self._packs(inputs):
             return super().forward(inputs)
-        if self._weights is None:
-            rows = inputs.numel() // inputs.shape[-1]
-            self._weights = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), rows)
-        return torch.ops.mkldnn._linear_pointwise(inputs, self._weights, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(inputs, self._packed(inputs), self.bias, "none", [], "")
 
 
 _PACKED = {nn.Conv2d: PackedConvolution, nn.Linear: PackedLinear}

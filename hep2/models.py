@@ -19,6 +19,11 @@ def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.softmax(logits.float() / temperature, dim=-1)
 
 
+def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
+    """Return what a CNN, ResCNN or ViT has seen in images (batch, 1, 78, 78), before its head: (batch, width)."""
+    return model.pool(model.forward_features(images))
+
+
 def normalised_convolution(inputs: int, outputs: int, padding: int = 1) -> nn.Sequential:
     # The norm that follows has a shift of its own, so a bias would be idle.
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=padding, bias=False), nn.BatchNorm2d(outputs))
@@ -201,7 +206,7 @@ class SpecimenSupervision(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
             return self.model(images)
-        pooled = self.model.pool(self.model.forward_features(images))
+        pooled = pooled_features(self.model, images)
         class_logits, specimen_logits = self.model.head(pooled).float(), self.specimens(pooled).float()
         of_class = specimen_logits[:, None].masked_fill(~self.membership, -torch.inf).logsumexp(2)  # (batch, classes)
         share = F.log_softmax(class_logits, dim=1) - of_class
@@ -266,9 +271,12 @@ class Refusal(nn.Module):
         self.register_buffer("spread", torch.ones(features))
         self.register_buffer("threshold", torch.tensor(torch.finfo(torch.float32).min))  # refuses nothing
 
-    def forward(self, features: Tensor) -> Tensor:
+    def standardised(self, features: Tensor) -> Tensor:
         # A photograph drives some features far off: one of them alone shall not decide.
-        return self.linear(((features.float() - self.mean) / self.spread).clamp(-8, 8))[:, 0]
+        return ((features.float() - self.mean) / self.spread).clamp(-8, 8)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(self.standardised(features))[:, 0]
 
 
 MODELS = {"cnn": CNN, "rescnn": ResCNN, "vit": ViT, "ensemble": StackEnsemble}

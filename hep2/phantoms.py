@@ -58,8 +58,8 @@ def phantom_cell(pattern: str, random: Random) -> np.ndarray:
 class PhantomCell(NamedTuple):
     """Where a cell lies in a phantom field: the box (top, left, height, width), in pixels, round its nucleus.
 
-    Where the cytoplasm is stained and the nucleus is not, round the cell, to where the light has fallen to a sixth or
-    where a neighbour is nearer: no pixel belongs to two cells.
+    Of Golgi, round the cell, to where the light of its cytoplasm has fallen to a sixth or where a neighbour is nearer:
+    no pixel belongs to two cells.
     """
 
     bbox: tuple[int, int, int, int]

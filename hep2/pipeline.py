@@ -23,7 +23,7 @@ from hep2.evaluation import (
     train_label,
 )
 from hep2.imaging import read_intensity
-from hep2.models import MODELS, SpecimenSupervision, StackEnsemble, build_model
+from hep2.models import MODELS, SpecimenSupervision, StackEnsemble, build_model, pooled_features
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES
 from hep2.reader import predict
 from hep2.recipes import ARCHITECTURES, RECIPES
@@ -165,7 +165,7 @@ def train_refusal(cells: Cells, parts: Split, output: Path, origin: dict) -> Non
     @torch.inference_mode()
     def features_of(images: torch.Tensor) -> list[torch.Tensor]:
         return [
-            torch.cat([model.pool(model.forward_features(batch)) for batch in images.split(64)])
+            torch.cat([pooled_features(model, batch) for batch in images.split(64)])
             for model in weights.models.values()
         ]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hep2.explain import look
 from hep2.imaging import Cell, ImageError, ImageSource, load_cell
-from hep2.models import StackEnsemble, probabilities
+from hep2.models import StackEnsemble, pooled_features, probabilities
 from hep2.patterns import CLASS_NAMES, MODEL_TITLES
 from hep2.weights import Weights
 
@@ -26,7 +26,8 @@ PASS = 8  # of these go through a model together on a CPU: more would not stay i
 GPU_BATCH = 1024
 # One pass in each of these threads: threads that share a pass as small as this one mostly wait for each other.
 CORES = torch.get_num_threads()
-_CORES = ThreadPoolExecutor(CORES, "cores", initializer=torch.set_num_threads, initargs=(1,))
+_PASSES = ThreadPoolExecutor(CORES, "passes", initializer=torch.set_num_threads, initargs=(1,))
+_DECODERS = ThreadPoolExecutor(min(2, CORES), "decoders")  # few: each may hold an image of many megapixels
 LOW_CONFIDENCE = 0.7  # below this probability of the verdict a reading says so
 DIGITS = 6  # of a probability in an answer; what lies behind depends on the machine
 
@@ -119,12 +120,8 @@ def predict(weights: Weights, images: Tensor) -> Predictions:
     double precision: a cell gets the same answer to the last digit whatever it comes together with.
     """
     size = GPU_BATCH if weights.device != "cpu" else min(PASS, -(-len(images) // CORES))
-    passes = _run(weights, _features, images.split(max(1, size)))
+    passes = _run(weights, pooled_features, images.split(max(1, size)))
     return _combined(weights, {name: torch.cat(features) for name, features in passes.items()})
-
-
-def _features(model: nn.Module, images: Tensor) -> Tensor:
-    return model.pool(model.forward_features(images))
 
 
 def _run(weights: Weights, forward: Callable[[nn.Module, Tensor], R], batches: Sequence[Tensor]) -> dict[str, list[R]]:
@@ -134,13 +131,15 @@ def _run(weights: Weights, forward: Callable[[nn.Module, Tensor], R], batches: S
     def task(model: nn.Module, batch: Tensor) -> R:
         return forward(model, batch.to(weights.device))
 
-    # The longest first: what comes last should not keep one core busy alone.
-    names = sorted((name for name in weights.models if name != "ensemble"), key=lambda name: name != "vit")
+    single = {name: model for name, model in weights.models.items() if name != "ensemble"}
     # A card does one thing after the other; the cores of a CPU share out models and cells.
     if weights.device != "cpu":
-        return {name: [task(weights.models[name], batch) for batch in batches] for name in names}
-    waiting = {name: [_CORES.submit(task, weights.models[name], batch) for batch in batches] for name in names}
-    return {name: [future.result() for future in waiting[name]] for name in weights.models if name in waiting}
+        return {name: [task(model, batch) for batch in batches] for name, model in single.items()}
+    # The ViT takes longest, and is the last of them: begun first, it keeps no core busy alone at the end.
+    waiting = {
+        name: [_PASSES.submit(task, model, batch) for batch in batches] for name, model in reversed(single.items())
+    }
+    return {name: [future.result() for future in waiting[name]] for name in single}
 
 
 @torch.inference_mode()
@@ -158,8 +157,8 @@ def _combined(weights: Weights, features: dict[str, Tensor]) -> Predictions:
     first = next(iter(result.values()))
     refused = torch.zeros(len(first), dtype=torch.bool)
     if weights.refusal is not None:
-        seen = torch.cat([features[name].float() for name in weights.refusal.members], dim=1)
-        refused = weights.refusal(seen) < weights.refusal.threshold
+        refusal, seen = weights.refusal, torch.cat([features[name] for name in weights.refusal.members], dim=1)
+        refused = _linear(refusal.linear, refusal.standardised(seen))[:, 0] < refusal.threshold
     return Predictions({name: values.cpu().numpy() for name, values in result.items()}, refused.cpu().numpy())
 
 
@@ -178,8 +177,8 @@ def csv_row(answer: Reading | Failure, weights: Weights) -> list:
     """Give one answer of these weights as a line of a table; what a failure lacks is left empty."""
     values = answer.as_dict()
     first = [values.get(column) for column in ("file", "verdict", "probability", "agreement")]
-    models = values.get("models", {model: {} for model in weights.models}).values()
-    numbers = [model.get(name, "") for model in models for name in CLASS_NAMES]
+    models = values.get("models", {model: {} for model in weights.models})
+    numbers = [models[model].get(name, "") for model in weights.models for name in CLASS_NAMES]
     remarks = "; ".join(values.get("warnings", []))
     return [*first, *numbers, remarks, values.get("error", ""), weights.revision]
 
@@ -221,7 +220,7 @@ class Reader:
         """
         read_cells = read_cells or self.read_cells
         for batch in _batches(sources):
-            decoded = list(_CORES.map(_decoded, *zip(*batch, strict=True)))
+            decoded = list(_DECODERS.map(_decoded, *zip(*batch, strict=True)))
             cells = [(name, cell) for (name, _), cell in zip(batch, decoded, strict=True) if isinstance(cell, Cell)]
             readings = iter(read_cells(cells) if cells else ())
             yield from (cell if isinstance(cell, Failure) else next(readings) for cell in decoded)

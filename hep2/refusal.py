@@ -255,8 +255,8 @@ NOT_CELLS: dict[str, Callable[[Random, np.ndarray], np.ndarray]] = {
     "scrambled cells": scrambled,
     "pieces of a nucleus": too_near,
     "many small cells": too_far,
-    "mitochondrial pattern": other_pattern("mitochondria"),
+    "mitochondria": other_pattern("mitochondria"),
     "few nuclear dots": other_pattern("few nuclear dots"),
     "fibres": other_pattern("fibres"),
-    "cytoplasmic pattern": other_pattern("diffuse cytoplasm"),
+    "diffuse cytoplasm": other_pattern("diffuse cytoplasm"),
 }

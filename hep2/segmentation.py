@@ -50,8 +50,9 @@ class FoundCell:
 
 @dataclass(frozen=True, kw_only=True)
 class FoundField:
-    """The cells of one field; `nucleus` is the median nucleus across, in pixels, `stained` the share of the stained
-    area that lies in the cells that were accepted, and `hollow` tells that the stain lies outside the nuclei."""
+    """The cells of one field; `nucleus` is how many pixels a nucleus is across: as was told, else the median of what
+    was found, or, where the stain lies outside the nuclei (`hollow`), what fits best. `stained` is the share of the
+    stained area that lies in the cells."""
 
     cells: list[FoundCell]
     nucleus: float
@@ -62,7 +63,7 @@ class FoundField:
 
 class Segmentation(NamedTuple):
     """Regions in a field that is shrunk by `scale`: `labels` int (rows, columns), 0 where there is none, the `picture`
-    float32 (rows, columns) in the field's own units, and where it is `stained`, bool (rows, columns)."""
+    float32 (rows, columns), and where it is `stained`, bool (rows, columns)."""
 
     labels: np.ndarray
     scale: float
@@ -77,6 +78,8 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
     touch the border, debris, saturated blobs and drawn-in scale bars are left out. A nuclear stain is outlined by its
     nucleus, a cytoplasmic one by its cell.
     """
+    unit = float(np.ptp(intensity)) or 1.0
+    intensity = intensity / unit
     drawn = _drawn(intensity)
     if drawn.any():
         intensity = np.where(drawn, np.median(intensity), intensity)
@@ -94,7 +97,7 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
         expected = REACH * nucleus * found.scale
     else:
         nucleus, found = known or trial.size, _segment(intensity, trial.size)
-        expected = trial.size * found.scale
+        expected = nucleus * found.scale
     drawn = transform.resize(drawn, found.labels.shape, order=0) if drawn.any() else np.zeros(found.labels.shape, bool)
     regions = measure.regionprops(found.labels)
     whole = [region for region in regions if _is_whole(region, drawn.shape) and not drawn[region.slice].any()]
@@ -109,7 +112,7 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
         for region in whole
         if SIZES[0] * median < region.equivalent_diameter_area < SIZES[1] * median and region.solidity > SOLID
     ]
-    if nucleus < SMALLEST:
+    if accepted and nucleus < SMALLEST:
         notes.append(
             f"nuclei are only some {nucleus:.0f} pixels across: fine texture is missing, so the verdict is unsure"
         )
@@ -119,8 +122,8 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
     cut = np.isin(found.labels, [region.label for region in regions if not _is_whole(region, drawn.shape)])
     inside = np.isin(found.labels, [region.label for region in accepted])
     return FoundField(
-        cells=[_found(region, found.scale, found.picture, ground) for region in accepted],
-        nucleus=nucleus,
+        cells=[_found(region, found.scale, found.picture, ground, unit) for region in accepted],
+        nucleus=nucleus if accepted else 0.0,
         stained=float((found.stained & inside).sum() / max(1, (found.stained & ~cut & ~drawn).sum())),
         hollow=hollow,
         notes=notes,
@@ -301,11 +304,12 @@ def _rings(intensity: np.ndarray, nucleus: float) -> _Rings:
 
 def _segment_rings(intensity: np.ndarray, nucleus: float) -> Segmentation:
     """Find cells by the rings round their dark nuclei: each reaches so far, or to where a neighbour is nearer."""
-    _, places, scale, light, *_ = _rings(intensity, nucleus)
-    distance, nearest = ndimage.distance_transform_edt(_numbered(places, light.shape) == 0, return_indices=True)
-    labels = _numbered(places, light.shape)[tuple(nearest)]
-    labels[distance > REACH * nucleus * scale / 2] = 0
-    return Segmentation(labels, scale, _shrunk(intensity, scale), light > filters.threshold_otsu(light))
+    rings = _rings(intensity, nucleus)
+    centres = _numbered(rings.places, rings.light.shape)
+    distance, nearest = ndimage.distance_transform_edt(centres == 0, return_indices=True)
+    labels = np.where(distance > REACH * nucleus * rings.scale / 2, 0, centres[tuple(nearest)])
+    stained = rings.light > filters.threshold_otsu(rings.light)
+    return Segmentation(labels, rings.scale, _shrunk(intensity, rings.scale), stained)
 
 
 def _drawn(intensity: np.ndarray) -> np.ndarray:
@@ -314,11 +318,12 @@ def _drawn(intensity: np.ndarray) -> np.ndarray:
     flat &= intensity > np.median(intensity) + 0.1 * (intensity.max() - np.median(intensity))
     if not flat.any():
         return flat
-    # Writing lies in or beside its bar: the box round them goes as a whole.
     marked = np.zeros_like(flat)
     for region in measure.regionprops(measure.label(ndimage.binary_dilation(flat, iterations=8))):
         if flat[region.slice].sum() > 40:
-            marked[region.slice] = True
+            # Writing lies in or beside its bar: the box round them goes as a whole. A frame's box is the field.
+            is_frame = flat[region.slice].mean() < 0.1
+            marked[region.slice] |= region.image if is_frame else True
     return marked
 
 
@@ -327,9 +332,9 @@ def _is_whole(region: "RegionProperties", shape: tuple[int, int]) -> bool:
     return top > 0 and left > 0 and bottom < shape[0] and right < shape[1]
 
 
-def _found(region: "RegionProperties", scale: float, picture: np.ndarray, ground: float) -> FoundCell:
+def _found(region: "RegionProperties", scale: float, picture: np.ndarray, ground: float, unit: float) -> FoundCell:
     top, left, bottom, right = (round(edge / scale) for edge in region.bbox)
-    light = np.sort(picture[region.slice][region.image]) - ground
+    light = unit * (np.sort(picture[region.slice][region.image]) - ground)
     contour = max(measure.find_contours(np.pad(region.image, 1).astype(float), 0.5), key=len)
     contour = measure.approximate_polygon(contour, 0.6) - 1 + np.array(region.bbox[:2])
     return FoundCell(

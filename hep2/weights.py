@@ -168,7 +168,7 @@ def load_weights(
         configs[name] = _read_config(folder / name / "config.json", name)
         path = folder / name / "model.safetensors"
         if name == "ensemble":
-            models[name] = _load_ensemble(folder, path, models, configs)
+            models[name] = _load_ensemble(folder, path, models, configs).eval()
         else:
             try:
                 models[name] = build_model(name, configs[name]["architecture"])
@@ -176,7 +176,6 @@ def load_weights(
                 raise ValueError(f"{folder / name / 'config.json'}: {error}") from error
             _load_tensors(models[name], path)
             ready_to_read(models[name])
-        models[name].eval()
     refusal = None
     if with_refusal and (folder / "refusal").is_dir():
         refusal = _load_refusal(folder / "refusal", models)

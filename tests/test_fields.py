@@ -11,9 +11,10 @@ from conftest import field_of
 from PIL import Image
 
 from hep2.__main__ import main
-from hep2.fields import NEGATIVE, NO_CELLS, NO_PATTERN, draw_overlay, read_specimen
+from hep2.fields import NEGATIVE, NO_CELLS, NO_PATTERN, _pool, draw_overlay, read_specimen
 from hep2.imaging import read_intensity
-from hep2.phantoms import phantom_cell
+from hep2.patterns import CLASS_NAMES
+from hep2.phantoms import OTHER_STAINS, phantom_cell, phantom_field
 from hep2.reader import Reader
 from hep2.weights import load_weights
 
@@ -88,6 +89,21 @@ def test_read_specimen_says_when_there_is_no_pattern(reader):
     one = answer(phantom_cell("NuMem", random))
     assert one["verdict"] == NO_CELLS
     assert "no larger than one cell" in one["warnings"][0]
+
+
+@pytest.mark.parametrize("pattern", OTHER_STAINS)
+def test_read_specimen_gives_no_verdict_of_the_six_for_another_pattern(reader, pattern):
+    # As many cells as a laboratory's field has: of a handful, some are drawn as much like a nucleolus as a dot can be.
+    image, _ = phantom_field(pattern, np.random.default_rng(1), nucleus=70.0, density=0.6)
+    assert read_specimen(reader, [("other", image.astype(np.float32), [])]).verdict not in CLASS_NAMES
+
+
+def test_a_stain_outside_the_nuclei_gets_no_nuclear_verdict(reader):
+    specimen = read_specimen(reader, [("a", field_of("NuMem")[0], [])])
+    assert _pool(specimen.cells, faint=False, stained=1.0, hollow=False)["verdict"] == "NuMem"
+    pooled = _pool(specimen.cells, faint=False, stained=1.0, hollow=True)
+    assert pooled["verdict"] == NO_PATTERN
+    assert "resemble NuMem, but the stain lies outside the nuclei" in pooled["warnings"][0]
 
 
 def test_read_specimen_of_one_cell_says_that_it_rests_on_few(reader):

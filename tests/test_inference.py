@@ -1,3 +1,4 @@
+import platform
 from copy import deepcopy
 
 import pytest
@@ -37,8 +38,21 @@ def test_ready_to_read_packs_every_layer_and_bears_a_copy(name):
     model = ready_to_read(trained(name))
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     assert all(isinstance(layer, (PackedConvolution, PackedLinear)) for layer in layers)
+    if name != "vit":
+        assert all(block.first[0].activation == "relu" for block in model.blocks)
     image = torch.rand(1, 1, 78, 78)
     with torch.inference_mode():
         assert torch.equal(deepcopy(model)(image), model(image))
+        if torch.backends.mkldnn.is_available() and platform.machine() == "x86_64":
+            assert all(layer._weights is not None for layer in layers)
         assert torch.equal(deepcopy(model)(image), model(image))  # of a model that has packed its weights
     assert set(model.state_dict()) == set(deepcopy(model).state_dict())
+
+
+def test_packed_layers_follow_their_weights():
+    model, image = ready_to_read(trained("cnn")), torch.rand(1, 1, 78, 78)
+    with torch.inference_mode():
+        model(image)
+    model.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()})
+    with torch.inference_mode():
+        assert (model(image) == 0).all()

@@ -3,9 +3,24 @@ import pytest
 
 from hep2.data import CellFile, cells_from_files
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET
-from hep2.phantoms import phantom_cell, phantom_files
+from hep2.phantoms import OTHER_STAINS, phantom_cell, phantom_field, phantom_files
 from hep2.reader import predict
 from hep2.weights import load_weights
+
+
+@pytest.mark.parametrize("pattern", [*CLASS_NAMES, *OTHER_STAINS])
+def test_phantom_field_tells_where_its_whole_cells_lie(pattern):
+    image, cells = phantom_field(pattern, np.random.default_rng(3), shape=(300, 400), nucleus=40.0)
+    assert image.shape == (300, 400)
+    assert len(cells) > 5
+    for top, left, height, width in (cell.bbox for cell in cells):
+        assert top > 0
+        assert left > 0
+        assert top + height < 300
+        assert left + width < 400
+        assert 15 < height < 80
+    with pytest.raises(ValueError, match="choose one of"):
+        phantom_field("striped", np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("pattern", CLASS_NAMES)
