@@ -1,10 +1,13 @@
 """Recipes and the one loop that trains any model on tensors: it knows no model and no dataset."""
 
+import ctypes
 import hashlib
 import io
 import json
 import math
 import os
+import platform
+import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -116,6 +119,8 @@ def fit(
         If the loss is no longer finite.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    if accelerator.device.type == "cpu":
+        _keep_memory()
     run = _Run(model, train, validation, recipe, directory, seed, accelerator)
     size = _examples_per_epoch(train, recipe)
     bar = tqdm(
@@ -132,6 +137,14 @@ def fit(
             run.save()
     run.finish()
     return run.state["history"]
+
+
+def _keep_memory() -> None:
+    """Let glibc keep the memory it frees: each step needs the same again, and new pages cost a fifth of its time."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 class _Run:
