@@ -16,6 +16,9 @@ FAINT_PEAK = 0.08  # the same for the brightest fifth of a cell: one of the two 
 FAINT_STAIN = 0.04  # and this for cells whose stain lies outside the nucleus
 MOST_REFUSED = 0.5  # of the cells, above which the specimen has no pattern of the six
 LEAST_STAIN = 0.35  # of the stained area that must lie in cells, for the same reason
+LEAST_PROBABILITY = (
+    0.4  # of a specimen's likeliest pattern, below which none stands out: of two that are mixed, one does
+)
 SECOND = 0.2  # of the pooled probability, at the lower end of its interval, that makes a second pattern real
 CONDENSED = 1.6  # times the median brightness of the brightest fifth of a cell, from which it is taken as mitotic
 FEW = 10  # cells, below which a verdict says that it rests on few
@@ -204,6 +207,9 @@ def _pool(cells: list[CellReading], faint: bool, stained: float, hollow: bool) -
     # In single cells mitochondria pass for a nuclear membrane. That the nuclei are dark, the whole field tells better.
     if hollow and PATTERNS[first].nuclear:
         remark = f"refused: the cells resemble {CLASS_NAMES[first]}, but the stain lies outside the nuclei"
+        return {"verdict": NO_PATTERN, "warnings": [remark]}
+    if mean[first] < LEAST_PROBABILITY:
+        remark = f"refused: no pattern stands out; the likeliest, {CLASS_NAMES[first]}, has {mean[first]:.0%}"
         return {"verdict": NO_PATTERN, "warnings": [remark]}
     warnings = []
     if mean[first] < LOW_CONFIDENCE:

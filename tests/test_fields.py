@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -104,6 +105,18 @@ def test_a_stain_outside_the_nuclei_gets_no_nuclear_verdict(reader):
     pooled = _pool(specimen.cells, faint=False, stained=1.0, hollow=True)
     assert pooled["verdict"] == NO_PATTERN
     assert "resemble NuMem, but the stain lies outside the nuclei" in pooled["warnings"][0]
+
+
+def test_a_specimen_whose_cells_say_this_and_that_gets_no_verdict(reader):
+    specimen = read_specimen(reader, [("a", field_of("NuMem")[0], [])])
+    flat = np.full(6, 0.13) + 0.22 * (np.arange(6) == 3)
+    cells = [
+        replace(cell, reading=replace(cell.reading, probabilities={"ensemble": flat}, refused=False))
+        for cell in specimen.cells
+    ]
+    pooled = _pool(cells, faint=False, stained=1.0, hollow=False)
+    assert pooled["verdict"] == NO_PATTERN
+    assert "no pattern stands out; the likeliest, NuMem, has 35%" in pooled["warnings"][0]
 
 
 def test_read_specimen_of_one_cell_says_that_it_rests_on_few(reader):
