@@ -107,6 +107,23 @@ def test_a_stain_outside_the_nuclei_gets_no_nuclear_verdict(reader):
     assert "resemble NuMem, but the stain lies outside the nuclei" in pooled["warnings"][0]
 
 
+def test_a_second_pattern_is_named_where_it_is_really_there(reader):
+    specimen = read_specimen(reader, [("a", field_of("NuMem", density=0.6)[0], [])])
+    first, other = (0.02 + 0.88 * (np.arange(6) == label) for label in (3, 5))
+
+    def pooled(shares: list[np.ndarray]) -> dict:
+        cells = [
+            replace(one, reading=replace(one.reading, probabilities={"ensemble": shares[number % len(shares)]}))
+            for number, one in enumerate(4 * specimen.cells)  # of few cells, chance could have made it
+        ]
+        return _pool(cells, faint=False, stained=1.0, hollow=False)
+
+    mixed = pooled([first, first, other])
+    assert (mixed["verdict"], mixed["second"]) == ("NuMem", "Speckled")
+    assert any("mixed: Speckled is there too" in warning for warning in mixed["warnings"])
+    assert pooled([first])["second"] is None
+
+
 def test_a_specimen_whose_cells_say_this_and_that_gets_no_verdict(reader):
     specimen = read_specimen(reader, [("a", field_of("NuMem")[0], [])])
     flat = np.full(6, 0.13) + 0.22 * (np.arange(6) == 3)
