@@ -118,7 +118,7 @@ def test_a_second_pattern_is_named_where_it_is_really_there(reader):
         ]
         return _pool(cells, faint=False, stained=1.0, hollow=False)
 
-    mixed = pooled([first, first, other])
+    mixed = pooled([first, other, first, other, first])
     assert (mixed["verdict"], mixed["second"]) == ("NuMem", "Speckled")
     assert any("mixed: Speckled is there too" in warning for warning in mixed["warnings"])
     assert pooled([first])["second"] is None
