@@ -86,14 +86,19 @@ def run(
     known = Examples(cells.images[train], labels, specimens)
     measured = Examples(cells.images[kept_away], cells.labels[kept_away])
     fit(fitted, known, measured, recipe, directory=folder, seed=0, accelerator=accelerator)
-    model, turned = model.cpu(), [torch.rot90(measured.inputs, turn, (2, 3)) for turn in range(4)]
-    seen = [*turned, *(view.flip(3) for view in turned)][:views]
+    model, seen = model.cpu(), eight_views(measured.inputs)[:views]
     answers = torch.stack([probabilities(predict_logits(model, view)) for view in seen]).mean(0).numpy()
     blocks = read_blocks(answers, blocks_of(cells)[kept_away])
     loss = F.nll_loss(torch.from_numpy(answers).log(), measured.labels).item()
     result = metrics(answers, measured.labels.numpy()) | {"loss": loss, **blocks}
     result["accuracy"] = float((answers.argmax(1) == measured.labels.numpy()).mean())  # of cells, not of blocks
     return result
+
+
+def eight_views(images: torch.Tensor) -> list[torch.Tensor]:
+    """Return images (cells, 1, rows, columns) as they are, their other quarter turns, and the mirror images of all."""
+    turned = [torch.rot90(images, turn, (2, 3)).contiguous() for turn in range(4)]
+    return [*turned, *(view.flip(3) for view in turned)]
 
 
 def development_split(cells: Cells, fold: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,8 @@
 """Trained models made ready to read: the same answers, within rounding, for less work."""
 
 import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -9,7 +11,8 @@ def ready_to_read(model: nn.Module) -> nn.Module:
     """Prepare a model in evaluation mode, in place, that is not trained any more.
 
     In each `nn.Sequential` that begins with a convolution and its norm, the convolution takes over the norm, and a ReLU
-    if that is the third and last; all convolutions and linear layers become their packed kind.
+    if that is the third and last; all convolutions and linear layers become their packed kind, max pooling its quick
+    one, and attention its fused one.
     """
     model.eval()
     for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
@@ -17,8 +20,10 @@ def ready_to_read(model: nn.Module) -> nn.Module:
         if kinds[:2] == [nn.Conv2d, nn.BatchNorm2d]:
             sequence[0], sequence[1] = fuse_conv_bn_eval(sequence[0], sequence[1]), nn.Identity()
     for module in model.modules():
-        if type(module) in _PACKED:
-            module.__class__ = _PACKED[type(module)]
+        if type(module) in _QUICK:
+            module.__class__ = _QUICK[type(module)]
+        elif isinstance(module, Attention):
+            module.fused_attn = True
     for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
         if [type(module) for module in sequence] == [PackedConvolution, nn.Identity, nn.ReLU]:
             sequence[0].activation, sequence[2] = "relu", nn.Identity()
@@ -111,4 +116,22 @@ class PackedLinear(_Packed, nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(inputs, self._packed(inputs), self.bias, "none", [], "")
 
 
-_PACKED = {nn.Conv2d: PackedConvolution, nn.Linear: PackedLinear}
+def max_pool(features: Tensor) -> Tensor:
+    """Pool features (batch, channels, rows, columns) by 2 x 2, rows and columns being even.
+
+    PyTorch's own pooling also notes where each maximum was, which takes longer than finding it.
+    """
+    if features.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.max_pool2d(features, 2)
+    rows = torch.maximum(features[:, :, ::2], features[:, :, 1::2])
+    return torch.maximum(rows[..., ::2], rows[..., 1::2])
+
+
+class _HalvingMaxPool(nn.MaxPool2d):
+    """A max pooling of 2 x 2; see `max_pool`."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return max_pool(features)
+
+
+_QUICK = {nn.Conv2d: PackedConvolution, nn.Linear: PackedLinear, nn.MaxPool2d: _HalvingMaxPool}

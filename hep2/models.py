@@ -9,6 +9,7 @@ from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from hep2.inference import max_pool
 from hep2.patterns import CLASS_NAMES, IMAGE_SIZE
 
 CLASSES = len(CLASS_NAMES)
@@ -72,7 +73,7 @@ class CNN(nn.Module):
         features = self.stem(images)  # (batch, 32, 80, 80)
         for block in self.blocks:
             # Pooling first leaves the ReLU a quarter of the work, and the two commute.
-            features = block(F.relu(F.max_pool2d(features, 2)))
+            features = block(F.relu(max_pool(features)))
         return F.relu(features)  # (batch, 256, 5, 5)
 
     def pool(self, features: Tensor) -> Tensor:

@@ -3,9 +3,10 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from hep2.inference import PackedConvolution, PackedLinear, ready_to_read
+from hep2.inference import PackedConvolution, PackedLinear, max_pool, ready_to_read
 from hep2.models import build_model
 
 NAMES = ("cnn", "rescnn", "vit")
@@ -56,3 +57,21 @@ def test_packed_layers_follow_their_weights():
     model.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()})
     with torch.inference_mode():
         assert (model(image) == 0).all()
+
+
+@pytest.mark.parametrize("size", [(80, 80), (40, 40), (78, 78), (2, 6)])
+def test_max_pool_gives_what_pytorch_gives(size):
+    for features in (torch.randn(3, 8, *size), torch.zeros(1, 1, *size)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            laid_out = features.contiguous(memory_format=layout)
+            with torch.inference_mode():
+                pooled = max_pool(laid_out)
+            assert torch.equal(pooled, F.max_pool2d(laid_out, 2))
+            assert pooled.is_contiguous(memory_format=layout)
+
+
+def test_max_pool_is_the_ordinary_one_where_gradients_are():
+    features = torch.zeros(1, 1, 4, 4, requires_grad=True)
+    max_pool(features).sum().backward()
+    assert features.grad.sum() == 4  # one winner of each four, also of equals
+    assert features.grad.max() == 1
