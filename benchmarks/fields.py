@@ -41,16 +41,18 @@ COSTS = (
 def main(argv: list[str] | None = None) -> int:
     """Measure, and print; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fields", type=int, default=50, help="for detection, of patterns in turn")
+    parser.add_argument("--fields", type=int, default=50, help="for detection, of patterns in turn; 0: none")
     parser.add_argument("--specimens", type=int, default=20, help="of each pattern, for the verdict")
     parser.add_argument("--others", type=int, default=10, help="of each other pattern, which should get no verdict")
     parser.add_argument("--cost", action="store_true", help="measure seconds and memory too")
     parser.add_argument("--weights", help="OWNER/NAME[@revision] or a folder (default: the bundled ones)")
     arguments = parser.parse_args(argv)
-    measure_detection(arguments.fields)
+    if arguments.fields:
+        measure_detection(arguments.fields)
     reader = Reader(open_weights(arguments.weights))
-    measure_verdicts(reader, dict.fromkeys(CLASS_NAMES, arguments.specimens))
-    measure_verdicts(reader, dict.fromkeys(OTHER_STAINS, arguments.others))
+    for patterns, count in ((CLASS_NAMES, arguments.specimens), (OTHER_STAINS, arguments.others)):
+        if count:
+            measure_verdicts(reader, dict.fromkeys(patterns, count))
     if arguments.cost:
         measure_cost(reader, arguments.weights)
     return 0

@@ -1,6 +1,6 @@
 """How long the CNN takes to a validation accuracy of 95 % on the clean protocol.
 
-    python -m benchmarks.time_to_accuracy --dataset … [--epochs 8] [--goal 0.95]
+    python -m benchmarks.time_to_accuracy --dataset … [--epochs 16] [--goal 0.95]
 
 The recipe `sharp` in a short cycle, without specimen supervision. Seconds are those of the epochs,
 augmentation and validation included; loading the cells and starting PyTorch come before. Prints a line an epoch.
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train, and print; returns 0 if the goal was reached."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default=DEFAULT_DATASET)
-    parser.add_argument("--epochs", type=int, default=8, help="of the cycle; the goal may be reached before its end")
+    parser.add_argument("--epochs", type=int, default=16, help="of the cycle; the goal may be reached before its end")
     parser.add_argument("--goal", type=float, default=0.95, help="validation accuracy")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from skimage.feature import local_binary_pattern
 from sklearn.neighbors import KNeighborsClassifier
@@ -11,13 +12,21 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from hep2.data import FOLDS, Cells, blocks_of, specimen_blocks, split
-from hep2.evaluation import draw_reliability, metrics, save_figure
-from hep2.models import MODELS
+from hep2.evaluation import (
+    draw_reliability,
+    expected_calibration_error,
+    fit_temperature,
+    metrics,
+    reliability,
+    save_figure,
+)
+from hep2.models import MODELS, probabilities
 from hep2.patterns import CLASS_NAMES, IMAGE_SIZE, MODEL_TITLES
 from hep2.pipeline import evaluate_weights, train_models
 from hep2.weights import load_weights, read_json, write_json
 
 NEIGHBOURS = 5
+SMALLEST = 1e-7  # probability: `predictions.csv` keeps six digits, and the logarithm wants more than zero
 
 
 def evaluate_specimens(
@@ -34,8 +43,9 @@ def evaluate_specimens(
     """Train the models on each fold of the protocol `specimen`, and measure them on the specimens kept away.
 
     Everything lies in `output`, a folder a fold, and what is finished there is not repeated. Returns what
-    `output/metrics.json` holds: pooled over all cells (`models`), per fold (`per_fold`), over whole specimens
-    (`blocks`), and the floor of nearest neighbours under both kinds of split (`floor`).
+    `output/metrics.json` holds: pooled over all cells (`models`), the same with temperatures that are fitted on new
+    specimens (`recalibrated`), per fold (`per_fold`), over whole specimens (`blocks`), and the floor of nearest
+    neighbours under both kinds of split (`floor`).
     """
     parts, answers, refused = [], [], []
     for fold in range(FOLDS):
@@ -76,6 +86,8 @@ def evaluate_specimens(
     for name, measured in result["models"].items():
         title = f"{MODEL_TITLES[name]}, held-out specimens"
         save_figure(draw_reliability(measured, title), output / f"reliability_{name}.png")
+        other = draw_reliability(result["recalibrated"][name], f"{title}, recalibrated")
+        save_figure(other, output / f"reliability_recalibrated_{name}.png")
     return result
 
 
@@ -84,8 +96,19 @@ def summarise(cells: Cells, parts: list[np.ndarray], answers: list[dict[str, np.
     labels = cells.labels.numpy()
     test = np.concatenate(parts)
     pooled = {model: np.concatenate([fold[model] for fold in answers]) for model in answers[0]}
+    other = {
+        model: recalibrated([fold[model] for fold in answers], [labels[part] for part in parts]) for model in pooled
+    }
     return {
         "models": {model: metrics(values, labels[test]) for model, values in pooled.items()},
+        "recalibrated": {
+            model: {
+                "ece": expected_calibration_error(values, labels[test]),
+                "temperatures": temperatures,
+                "reliability": reliability(values, labels[test]),
+            }
+            for model, (values, temperatures) in other.items()
+        },
         "per_fold": [
             {model: metrics(values, labels[part]) for model, values in fold.items()}
             for part, fold in zip(parts, answers, strict=True)
@@ -94,12 +117,29 @@ def summarise(cells: Cells, parts: list[np.ndarray], answers: list[dict[str, np.
     }
 
 
-def read_blocks(probabilities: np.ndarray, block: np.ndarray) -> dict:
+def recalibrated(answers: list[np.ndarray], labels: list[np.ndarray]) -> tuple[np.ndarray, list[float]]:
+    """Give each fold's probabilities (cells, 6) the temperature that suits the answers of the other folds.
+
+    A model's own temperature is fitted on validation cells of one specimen a class, which are few. Those of the other
+    folds' models on specimens new to them are many, and none of them is of this fold. Returns all folds' probabilities
+    in a row, and the temperatures, which come on top of the models' own.
+    """
+    logits = [torch.from_numpy(values).clamp(min=SMALLEST).log() for values in answers]
+    result, temperatures = [], []
+    for fold, own in enumerate(logits):
+        others = [number for number in range(len(logits)) if number != fold]
+        known = torch.from_numpy(np.concatenate([labels[number] for number in others]))
+        temperatures.append(fit_temperature(torch.cat([logits[number] for number in others]), known))
+        result.append(probabilities(own, temperatures[-1]).numpy())
+    return np.concatenate(result), temperatures
+
+
+def read_blocks(answers: np.ndarray, block: np.ndarray) -> dict:
     """Give each specimen block one verdict, from the mean of its cells' probabilities (cells, 6), and count."""
     blocks, wrong = specimen_blocks(), []
     numbers = np.unique(block)
     for number in numbers:
-        verdict = CLASS_NAMES[int(probabilities[block == number].mean(0).argmax())]
+        verdict = CLASS_NAMES[int(answers[block == number].mean(0).argmax())]
         if verdict != blocks[number].class_name:
             wrong.append({"block": blocks[number].name, "verdict": verdict, "cells": int((block == number).sum())})
     right = len(numbers) - len(wrong)
@@ -152,8 +192,13 @@ def specimens_table(result: dict) -> str:
     lines = [f"{'mean class accuracy':21}" + "".join(f"{name:>11}" for name in result["models"])]
     for fold, models in enumerate(result["per_fold"]):
         lines.append(f"fold {fold:<16}" + "".join(f"{m['mean_class_accuracy']:11.4f}" for m in models.values()))
-    for title, field in (("all cells", "mean_class_accuracy"), ("accuracy, all cells", "accuracy"), ("ECE", "ece")):
-        lines.append(f"{title:21}" + "".join(f"{model[field]:11.4f}" for model in result["models"].values()))
+    for title, kind, field in (
+        ("all cells", "models", "mean_class_accuracy"),
+        ("accuracy, all cells", "models", "accuracy"),
+        ("ECE", "models", "ece"),
+        ("ECE, recalibrated", "recalibrated", "ece"),
+    ):
+        lines.append(f"{title:21}" + "".join(f"{model[field]:11.4f}" for model in result[kind].values()))
     counts = (f"{blocks['right']}/{blocks['total']}" for blocks in result["blocks"].values())
     lines.append(f"{'specimens right':21}" + "".join(f"{count:>11}" for count in counts))
     lines.append(f"{result['refused']:.1%} of the cells on held-out specimens would get no verdict.")

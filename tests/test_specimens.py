@@ -3,6 +3,7 @@ import pytest
 from accelerate import Accelerator
 
 from hep2.data import CellFile, Cells, blocks_of, cells_from_files, specimen_blocks, split
+from hep2.evaluation import expected_calibration_error
 from hep2.patterns import CLASS_NAMES
 from hep2.phantoms import phantom_cell
 from hep2.specimens import (
@@ -10,6 +11,7 @@ from hep2.specimens import (
     nearest_neighbours,
     read_blocks,
     read_predictions,
+    recalibrated,
     simple_features,
     specimens_table,
 )
@@ -43,6 +45,25 @@ def test_read_blocks_takes_the_mean_of_a_blocks_cells(cells):
     assert result["wrong"] == [{"block": specimen_blocks()[0].name, "verdict": "Golgi", "cells": 4}]
 
 
+def test_recalibrated_learns_from_the_other_folds_alone():
+    random = np.random.default_rng(0)
+    labels = [random.integers(0, 6, 400) for _ in range(4)]
+    # Right in eight of ten, and sure of it: too sure by far.
+    said = [np.where(random.random(400) < 0.8, own, (own + 1) % 6) for own in labels]
+    answers = [np.eye(6)[verdicts] * 0.994 + 0.001 for verdicts in said]
+    values, temperatures = recalibrated(answers, labels)
+    every = np.concatenate(labels)
+    assert expected_calibration_error(np.concatenate(answers), every) > 0.15
+    assert expected_calibration_error(values, every) < 0.03
+    assert (values.argmax(1) == np.concatenate(said)).all()
+    # What a fold's own labels are changes nothing for it.
+    changed = [labels[0][::-1], *labels[1:]]
+    again, others = recalibrated(answers, changed)
+    assert others[0] == temperatures[0]
+    assert others[1:] != temperatures[1:]
+    np.testing.assert_array_equal(again[:400], values[:400])
+
+
 def test_simple_features_do_not_change_by_turning(cells):
     images = cells.images[:5, 0].numpy()
     features = simple_features(images)
@@ -66,6 +87,8 @@ def test_evaluate_specimens_trains_every_fold_once_and_goes_on(cells, few_refusa
     assert sum(row["support"] for row in result["models"]["cnn"]["per_class"].values()) == len(cells)
     assert result["blocks"]["cnn"]["total"] == 73
     assert "specimens right" in specimens_table(result)
+    assert sum(row["cells"] for row in result["recalibrated"]["cnn"]["reliability"]) == len(cells)
+    assert (tmp_path / "reliability_recalibrated_cnn.png").is_file()
     # Killed while it measures a fold, it measures that fold again.
     (tmp_path / "fold-1" / "metrics.json").unlink()
     (tmp_path / "fold-1" / "predictions.csv").write_text("file,label\n")
