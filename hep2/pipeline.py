@@ -1,6 +1,7 @@
 """From cells to trained weights in a folder, and from weights to measured figures: what the command lines run."""
 
 import csv
+import hashlib
 import io
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -147,12 +148,20 @@ def _train_ensemble(
         seed=origin["seed"],
         accelerator=accelerator,
         progress=progress,
+        computed_from=_content_of_members(output, cells),
     )
     if accelerator.is_main_process:
         temperature = fit_temperature(ensemble.linear.cpu()(inputs), labels)
         _save(output, "ensemble", ensemble, settings, origin, history, temperature, accelerator)
         train_refusal(cells, parts, output, origin)
     accelerator.wait_for_everyone()
+
+
+def _content_of_members(output: Path, cells: Cells) -> str:
+    digest = hashlib.sha256(cells.fingerprint.encode())
+    for name in StackEnsemble.member_names:
+        digest.update((output / name / "model.safetensors").read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def train_refusal(cells: Cells, parts: Split, output: Path, origin: dict) -> None:

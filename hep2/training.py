@@ -104,12 +104,14 @@ def fit(
     seed: int,
     accelerator: Accelerator,
     progress: bool = True,
+    computed_from: str | None = None,
 ) -> list[dict]:
     """Train `model` in place and return one record an epoch, which `directory/log.jsonl` holds too.
 
     Every epoch ends with a checkpoint in `directory`, written whole or not at all. Called again with the same
     arguments after any interruption, it goes on behind the last whole epoch and ends with the same weights: all
-    randomness of an epoch comes from (seed, epoch, process), so nothing of it needs to be carried over.
+    randomness of an epoch comes from (seed, epoch, process), so nothing of it needs to be carried over. Inputs that
+    another machine would compute with other roundings are told apart by what they were `computed_from`.
 
     Raises
     ------
@@ -121,7 +123,7 @@ def fit(
     directory.mkdir(parents=True, exist_ok=True)
     if accelerator.device.type == "cpu":
         _keep_memory()
-    run = _Run(model, train, validation, recipe, directory, seed, accelerator)
+    run = _Run(model, train, validation, recipe, directory, seed, accelerator, computed_from)
     size = _examples_per_epoch(train, recipe)
     bar = tqdm(
         total=recipe.epochs * size,
@@ -159,8 +161,11 @@ class _Run:
         directory: Path,
         seed: int,
         accelerator: Accelerator,
+        computed_from: str | None,
     ) -> None:
         self.identity = _identity(model, train, validation, recipe, seed, accelerator)
+        if computed_from is not None:
+            self.identity["examples"] = computed_from
         self.recipe, self.directory, self.seed, self.accelerator = recipe, directory, seed, accelerator
         # Accelerate changes a model's forward pass for good: this one measures in full precision.
         self.measured = deepcopy(model).to(accelerator.device)

@@ -122,6 +122,18 @@ def test_fit_takes_no_other_examples_for_those_it_has_seen(phantoms, tmp_path):
         fit(model, Examples(other, labels), Examples(other, labels), recipe, **options)
 
 
+def test_fit_goes_on_with_inputs_that_another_machine_has_rounded_otherwise(tmp_path):
+    recipe = replace(RECIPE, augmentation="none", epochs=1)
+    inputs, labels = torch.rand(24, 12), torch.arange(24) % 6
+    model = nn.Sequential(nn.Linear(12, 6))
+    options = {"directory": tmp_path, "seed": 0, "accelerator": Accelerator(), "progress": False}
+    history = fit(model, *[Examples(inputs, labels)] * 2, recipe, computed_from="members", **options)
+    rounded = Examples(inputs * (1 + 1e-6), labels)
+    assert fit(model, rounded, rounded, recipe, computed_from="members", **options) == history
+    with pytest.raises(ValueError, match="another run \\(another examples\\)"):
+        fit(model, rounded, rounded, recipe, computed_from="others", **options)
+
+
 def test_fit_measures_in_full_precision_whatever_it_trains_in(phantoms, tmp_path):
     model = small_model()
     model(phantoms.images[:2])
