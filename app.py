@@ -83,6 +83,8 @@ THEME = gr.themes.Soft(
     block_title_text_color="*primary_800",
     block_title_text_color_dark="white",
     block_title_background_fill_dark="*primary_800",
+    checkbox_border_color="*neutral_500",
+    checkbox_border_color_dark="*neutral_400",
     checkbox_label_background_fill_selected="*primary_700",
     checkbox_label_background_fill_selected_dark="*primary_800",
     button_secondary_background_fill_hover_dark="*neutral_600",
@@ -231,10 +233,11 @@ class Page:
 
         Args:
             fields: images of many cells, bright on dark; PNG, JPEG, TIFF, BMP or WebP, 8 to 32 bit
-            pixel_size: micrometres a pixel; left out, it is estimated from the nuclei
+            pixel_size: micrometres a pixel, or 0 or nothing if not known: it narrows the search for the nuclei
         """
         if not fields:
             return Failure("", NO_IMAGE).as_dict()
+        pixel_size = pixel_size or None  # 0 is not known, as on the page
         named = fields_of(fields, pixel_size)
         if isinstance(named, Failure):
             return named.as_dict()

@@ -5,7 +5,7 @@
 
 All engines run in one process, one after the other in every round, so that a busy moment hits all of them; an engine
 that is not installed is left out. Prints a table in Markdown: the time beside eager's, and how far the probabilities
-are from eager's at most. An engine is worth its weight if it wins by 1.5 and stays within 1e-4.
+are from eager's at most. An engine is worth a thought if it wins by 1.5 and stays within 1e-4.
 """
 
 import argparse

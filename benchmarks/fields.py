@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure_detection(count: int) -> None:
     """Find the cells of `count` fields, of patterns, sizes and densities in turn."""
-    print("| pattern | fields | cells | precision | recall | F1 at IoU 0.5 |\n|---|---|---|---|---|---|")
+    print("| pattern | fields | cells | precision | recall | F1, boxes at IoU 0.5 |\n|---|---|---|---|---|---|")
     every = dict.fromkeys(CLASS_NAMES, np.zeros(3, int))  # right, found, there
     fields = dict.fromkeys(CLASS_NAMES, 0)
     for number in range(count):
@@ -97,7 +97,7 @@ def measure_verdicts(reader: Reader, specimens: dict[str, int]) -> None:
 def measure_cost(reader: Reader, weights: str | None) -> None:
     """Read fields of more and more cells, and of more and more pixels."""
     print(
-        "\n| pattern | megapixels | nuclei across | cells | seconds | from the process's start | MB |"
+        "\n| pattern | megapixels | nuclei across | cells | seconds | from the start of a process | MB |"
         "\n|---|---|---|---|---|---|---|"
     )
     for pattern, shape, nucleus, density in COSTS:

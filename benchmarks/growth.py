@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx2
@@ -113,7 +113,9 @@ def classify(
     """
 
     def killed() -> bool:
-        return sum(part.stat().st_size for part in table.parent.glob(f"{table.name}*")) > killed_after
+        with suppress(FileNotFoundError):  # a part that has just been gathered
+            return sum(part.stat().st_size for part in table.parent.glob(f"{table.name}*")) > killed_after
+        return False
 
     arguments = ["classify", str(folder), "--output", str(table)]
     return watched(arguments, launcher, None if killed_after is None else killed)
@@ -135,7 +137,8 @@ def watched(
         if killed and killed():
             killed = None
             for one in _family(process.pid):
-                os.kill(one, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(one, signal.SIGKILL)
             process.wait()
             process = _start(command)
     if process.returncode or killed:

@@ -139,6 +139,8 @@ def _classify(arguments: argparse.Namespace) -> int:
         raise ValueError("--output writes a table of its own: leave out --json and --csv")
     if arguments.output:
         return _classify_into(arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("several processes read into one table: give --output, or start one process")
     reader = Reader(_open_weights(arguments.weights))
     table = csv.writer(sys.stdout, lineterminator="\n")
     if arguments.csv:
@@ -157,7 +159,7 @@ def _classify(arguments: argparse.Namespace) -> int:
             if not reading.refused:
                 verdict = f"{reading.verdict} {reading.probability:.1%}, {reading.agreement} of 4 models agree"
             print(f"{reading.file}: {verdict}")
-            for name, values in reading.probabilities.items():
+            for name, values in () if reading.refused else reading.probabilities.items():  # which would mean nothing
                 bars = "  ".join(f"{label} {p:.1%}" for label, p in zip(CLASS_NAMES, values, strict=True))
                 print(f"  {MODEL_TITLES[name]:15} {bars}")
             for warning in reading.warnings:
@@ -248,6 +250,9 @@ def _specimen(arguments: argparse.Namespace) -> int:
         print(json.dumps(specimen.as_dict(), ensure_ascii=False))
     elif arguments.csv:
         csv.writer(sys.stdout, lineterminator="\n").writerows(specimen_rows(specimen))
+        # The table has the cells: what they say together goes beside it.
+        for remark in (specimen.verdict, *specimen.warnings):
+            print(f"hep2: {remark}", file=sys.stderr)
     else:
         print(specimen.verdict + (f" {specimen.probability:.1%}" if specimen.probability is not None else ""))
         if specimen.interval:

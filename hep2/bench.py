@@ -13,12 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
-import torchvision
 from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,14 +24,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from hep2.data import load_cells
 from hep2.imaging import load_cell
 from hep2.models import build_model
-from hep2.patterns import CLASS_NAMES
+from hep2.patterns import CLASS_NAMES, IMAGE_SIZE
+from hep2.peers import PEER_SIZE, PEERS, loading_request, peer_request
 from hep2.phantoms import phantom_cell
 from hep2.reader import Reader, predict
 from hep2.recipes import RECIPES
 from hep2.training import Examples, augment, fit
 from hep2.weights import Weights
 
-PEER_SIZE = 224  # rows and columns of the peers' inputs, in pixels
+AT_OURS = f"resnet18 at {IMAGE_SIZE} x {IMAGE_SIZE}"
 ROUNDS = 6  # interleaved, so that a busy moment hits all sides
 IN_A_ROW = 10  # requests of one side in a round: what the other side has left in caches is gone after the first
 REST = 0.05  # seconds before a request that finds the process at rest
@@ -46,8 +45,8 @@ MATRIX = 2048  # rows and columns of the matrices that measure what the machine 
 STARTS = {
     "all four models": "import sys; from hep2.__main__ import main; main(['classify', '--json', sys.argv[1]])",
     "all four models, imports alone": "import sys, hep2.hub, hep2.reader",
-    "resnet18": "import sys; from hep2.bench import first_answer; first_answer('resnet18', *sys.argv[1:])",
-    "AlexNet": "import sys; from hep2.bench import first_answer; first_answer('AlexNet', *sys.argv[1:])",
+    "resnet18": "import sys; from hep2.peers import first_answer; first_answer('resnet18', *sys.argv[1:])",
+    "AlexNet": "import sys; from hep2.peers import first_answer; first_answer('AlexNet', *sys.argv[1:])",
 }
 
 # A process's own account: what its parent is told counts the parent's memory at the start too.
@@ -68,24 +67,26 @@ def measure_speed(weights: Weights) -> dict:
         save_file(peers["AlexNet"].state_dict(), alexnet)
         peers = {name: model.to(device) for name, model in peers.items()}
         one = {"all four models": lambda: next(reader.read([("cell.png", files[0])]))}
-        one |= {name: _peer_request(model, files[0]) for name, model in peers.items()}
-        one["AlexNet, loaded at every request"] = _loading_request(alexnet, files[0], device)
+        one |= {name: peer_request(model, files[0]) for name, model in peers.items()}
+        one["AlexNet, loaded at every request"] = loading_request(alexnet, files[0], device)
         latency = {name: _percentiles(seconds) for name, seconds in interleaved(one, ROUNDS, in_a_row=IN_A_ROW).items()}
         rested = {name: one[name] for name in ("all four models", "resnet18")}
         rested = {name: _percentiles(values) for name, values in interleaved(rested, 2 * IN_A_ROW, rest=REST).items()}
     cells = torch.from_numpy(np.stack([load_cell(file).pixels for file in files]))
-    images = torch.rand(32, 3, PEER_SIZE, PEER_SIZE, device=device).contiguous(memory_format=torch.channels_last)
+    inputs = {name: torch.rand(32, 3, PEER_SIZE, PEER_SIZE, device=device) for name in peers}
+    # What its usual size costs a peer that could read cells at theirs.
+    peers[AT_OURS], inputs[AT_OURS] = peers["resnet18"], torch.rand(128, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     bulk = {"all four models": lambda: predict(weights, cells)}
     bulk["all four models, from file bytes"] = lambda: list(reader.read((str(n), f) for n, f in enumerate(files)))
-    bulk |= {name: _peer_batch(model, images) for name, model in peers.items()}
-    counts = dict.fromkeys(bulk, len(files)) | dict.fromkeys(peers, len(images))
+    bulk |= {name: _peer_batch(model, inputs[name]) for name, model in peers.items()}
+    counts = dict.fromkeys(bulk, len(files)) | {name: len(images) for name, images in inputs.items()}
     seconds = interleaved(bulk | {"matrix multiplication": _matrix_multiplication(device)}, BULK_ROUNDS)
     best = {name: min(values) for name, values in seconds.items()}
     rate = MATRIX**3 / best["matrix multiplication"]
     own = sum(
         multiply_adds(model, cells[:1].to(device)) for name, model in weights.models.items() if name != "ensemble"
     )
-    work = {"all four models": own} | {name: multiply_adds(model, images[:1]) for name, model in peers.items()}
+    work = {"all four models": own} | {name: multiply_adds(model, inputs[name][:1]) for name, model in peers.items()}
     per_second = {name: counts[name] / best[name] for name in bulk}
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -110,39 +111,8 @@ def _files(count: int) -> Iterator[bytes]:
         yield file.getvalue()
 
 
-PEERS: dict[str, Callable[[], nn.Module]] = {
-    "resnet18": lambda: timm.create_model("resnet18", num_classes=6),
-    "vit_tiny_patch16_224": lambda: timm.create_model("vit_tiny_patch16_224", num_classes=6),
-    "AlexNet": lambda: torchvision.models.alexnet(num_classes=6),
-}
-
-
-def _peer_input(file: bytes) -> Tensor:
-    image = Image.open(io.BytesIO(file)).convert("RGB").resize((PEER_SIZE, PEER_SIZE))
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)[None]
-
-
-def _peer_request(model: nn.Module, file: bytes) -> Callable[[], Tensor]:
-    device = next(model.parameters()).device
-
-    @torch.inference_mode()
-    def request() -> Tensor:
-        return model(_peer_input(file).to(device)).softmax(1).cpu()
-
-    return request
-
-
-def _loading_request(path: Path, file: bytes, device: str) -> Callable[[], Tensor]:
-    def request() -> Tensor:
-        model = PEERS["AlexNet"]()
-        model.load_state_dict(load_file(path))
-        return _peer_request(model.eval().to(device), file)()
-
-    return request
-
-
 def _peer_batch(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-    model = model.to(memory_format=torch.channels_last)
+    model, images = (part.to(memory_format=torch.channels_last) for part in (model, images))
 
     @torch.inference_mode()
     def batch() -> Tensor:
@@ -219,13 +189,6 @@ def measure_processes() -> dict[str, dict[str, float]]:
 
         seconds = interleaved({name: partial(start, name) for name in STARTS}, PROCESSES)
     return {name: {"seconds": statistics.median(values), "bytes": memory[name]} for name, values in seconds.items()}
-
-
-def first_answer(name: str, image: str, weights: str) -> None:
-    """Do what a server of one peer does until its first answer."""
-    model = PEERS[name]()
-    model.load_state_dict(load_file(weights))
-    print(_peer_request(model.eval(), Path(image).read_bytes())())
 
 
 def measure_training(names: tuple[str, ...] = ("cnn", "rescnn", "vit"), batches: int = 12) -> dict[str, dict]:

@@ -98,7 +98,7 @@ def forget_failures(output: Path, weights: Weights) -> None:
     _drop_torn_line(output)
     kept = output.with_name(f".{output.name}.kept")
     with _open(output) as old, _open(kept, "w") as new:
-        rows = (row for row in csv.reader(old) if not (row[error] and row[revision] == weights.revision))
+        rows = (row for row in csv.reader(old) if row and not (row[error] and row[revision] == weights.revision))
         csv.writer(new, lineterminator="\n").writerows(rows)
     kept.replace(output)
 
@@ -141,6 +141,7 @@ def _undone(sources: Iterable[tuple[str, ImageSource]], done: set[str], bar: tqd
         if name in done:
             bar.update()
         else:
+            done.add(name)
             yield name, source
 
 

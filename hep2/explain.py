@@ -51,6 +51,8 @@ def _attention(model: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
+    if len(layers) != len(model.blocks):
+        raise RuntimeError(f"{len(layers)} of {len(model.blocks)} layers told their attention: is it fused?")
     identity = torch.eye(tokens.shape[1], device=tokens.device)
     rolled = identity.expand(len(images), -1, -1)
     for weights in layers:

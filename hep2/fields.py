@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from hep2.imaging import Cell, ImageError
-from hep2.patterns import CLASS_NAMES, PATTERNS
+from hep2.patterns import CLASS_NAMES, MODEL_TITLES, PATTERNS
 from hep2.reader import DIGITS, LOW_CONFIDENCE, Reader, Reading
 from hep2.segmentation import NUCLEUS_MICRONS, ONE_CELL, FoundCell, FoundField, crop, find_cells
 
@@ -147,10 +147,10 @@ def read_specimen(
     hollow = sum(len(one.cells) for one in found if one.hollow) > len(placed) / 2
     pooled = _pool(read, faint, stained, hollow)
     if not read and pixel_size:
-        expected = NUCLEUS_MICRONS / pixel_size
+        low, high = (across / pixel_size for across in NUCLEUS_MICRONS)
         warnings.append(
-            f"with {pixel_size:g} micrometres a pixel nuclei would be {expected:.0f} pixels across: leave the size "
-            "out if unsure"
+            f"with {pixel_size:g} micrometres a pixel nuclei would be {low:.0f} to {high:.0f} pixels across: leave the "
+            "size out if unsure"
         )
     pooled["warnings"] = warnings + pooled["warnings"]
     return SpecimenReading(files=names, cells=read, weights=reader.origin, **pooled)
@@ -231,14 +231,13 @@ def _pool(cells: list[CellReading], faint: bool, stained: float, hollow: bool) -
 
 def specimen_rows(specimen: SpecimenReading) -> list[list]:
     """Lay out the cells as a table, its header first."""
-    models = list(specimen.cells[0].reading.probabilities) if specimen.cells else []
-    columns = [f"{model}_{name}" for model in models for name in CLASS_NAMES]
+    columns = [f"{model}_{name}" for model in MODEL_TITLES for name in CLASS_NAMES]
     place = ["top", "left", "height", "width"]
     rows = [["field", *place, "verdict", "probability", "agreement", "refused", "mitotic", *columns]]
     for cell in specimen.cells:
         answer = cell.as_dict()
         first = [answer[key] for key in ("verdict", "probability", "agreement", "refused", "mitotic")]
-        numbers = [value for model in answer["models"].values() for value in model.values()]
+        numbers = [answer["models"][model][name] for model in MODEL_TITLES for name in CLASS_NAMES]
         rows.append([specimen.files[cell.field], *answer["bbox"], *first, *numbers])
     return rows
 

@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -11,8 +10,8 @@ def ready_to_read(model: nn.Module) -> nn.Module:
     """Prepare a model in evaluation mode, in place, that is not trained any more.
 
     In each `nn.Sequential` that begins with a convolution and its norm, the convolution takes over the norm, and a ReLU
-    if that is the third and last; all convolutions and linear layers become their packed kind, max pooling its quick
-    one, and attention its fused one.
+    if that is the third and last; all convolutions and linear layers become their packed kind, and max pooling its
+    quick one. Attention stays as it is: `hep2.explain` reads its weights.
     """
     model.eval()
     for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
@@ -20,10 +19,8 @@ def ready_to_read(model: nn.Module) -> nn.Module:
         if kinds[:2] == [nn.Conv2d, nn.BatchNorm2d]:
             sequence[0], sequence[1] = fuse_conv_bn_eval(sequence[0], sequence[1]), nn.Identity()
     for module in model.modules():
-        if type(module) in _QUICK:
+        if type(module) in _QUICK and (type(module) is not nn.MaxPool2d or _halves(module)):
             module.__class__ = _QUICK[type(module)]
-        elif isinstance(module, Attention):
-            module.fused_attn = True
     for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
         if [type(module) for module in sequence] == [PackedConvolution, nn.Identity, nn.ReLU]:
             sequence[0].activation, sequence[2] = "relu", nn.Identity()
@@ -125,6 +122,10 @@ def max_pool(features: Tensor) -> Tensor:
         return F.max_pool2d(features, 2)
     rows = torch.maximum(features[:, :, ::2], features[:, :, 1::2])
     return torch.maximum(rows[..., ::2], rows[..., 1::2])
+
+
+def _halves(pool: nn.MaxPool2d) -> bool:
+    return (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (2, 2, 0, 1)
 
 
 class _HalvingMaxPool(nn.MaxPool2d):

@@ -18,7 +18,7 @@ from hep2.patterns import IMAGE_SIZE
 if TYPE_CHECKING:
     from skimage.measure._regionprops import RegionProperties
 
-NUCLEUS_MICRONS = 11.0  # across, on average, of the HEp-2 nuclei that we measured against a scale bar
+NUCLEUS_MICRONS = (6.0, 14.0)  # across, of HEp-2 nuclei: measured against the scale bars of eight fields, and some more
 NUCLEUS_IN_CROP = 63  # pixels across, of a typical nucleus in the 78 that the models were trained on, as outlined here
 WORKING = 32.0  # pixels across of a nucleus in the picture that is segmented: finer detail only costs time
 SMALLEST = 24.0  # pixels across of a nucleus in the field: below, there is no texture to read
@@ -50,9 +50,9 @@ class FoundCell:
 
 @dataclass(frozen=True, kw_only=True)
 class FoundField:
-    """The cells of one field; `nucleus` is how many pixels a nucleus is across: as was told, else the median of what
-    was found, or, where the stain lies outside the nuclei (`hollow`), what fits best. `stained` is the share of the
-    stained area that lies in the cells."""
+    """The cells of one field; `nucleus` is how many pixels a nucleus is across: the median of what was found, or, where
+    the stain lies outside the nuclei (`hollow`), what fits best. `stained` is the share of the stained area that lies
+    in the cells."""
 
     cells: list[FoundCell]
     nucleus: float
@@ -74,7 +74,8 @@ class Segmentation(NamedTuple):
 def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundField:
     """Find the cells that lie whole in a field (rows, columns), float32 in any units, bright on dark.
 
-    `pixel_size` is in micrometres; without it the size of the nuclei is estimated from the field itself. Cells that
+    The size of the nuclei is estimated from the field itself, among all sizes, or, with a `pixel_size` in micrometres,
+    among those that such nuclei have. Cells that
     touch the border, debris, saturated blobs and drawn-in scale bars are left out. A nuclear stain is outlined by its
     nucleus, a cytoplasmic one by its cell.
     """
@@ -84,10 +85,9 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
     if drawn.any():
         intensity = np.where(drawn, np.median(intensity), intensity)
     notes = ["a scale bar, writing or saturated light was left out"] if drawn.any() else []
-    known = NUCLEUS_MICRONS / pixel_size if pixel_size else None
-    trial, rings = _best_trial(intensity, known), None
+    trial, rings = _best_trial(intensity, pixel_size), None
     if trial is None or trial.fit < GOOD_FIT or trial.hollow < HOLLOW:
-        rings = _best_rings(intensity, known)
+        rings = _best_rings(intensity, pixel_size)
     hollow = rings is not None and rings.middle < DARK and rings.contrast > LEAST_CONTRAST
     if not hollow and (trial is None or trial.fit < LEAST_FIT):
         return FoundField(cells=[], nucleus=0.0, stained=0.0, notes=notes)
@@ -96,7 +96,7 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
         nucleus, found = rings.nucleus, _segment_rings(intensity, rings.nucleus)
         expected = REACH * nucleus * found.scale
     else:
-        nucleus, found = known or trial.size, _segment(intensity, trial.size)
+        nucleus, found = trial.size, _segment(intensity, trial.size)
         expected = nucleus * found.scale
     drawn = transform.resize(drawn, found.labels.shape, order=0) if drawn.any() else np.zeros(found.labels.shape, bool)
     regions = measure.regionprops(found.labels)
@@ -104,7 +104,7 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
     sizes = [r.equivalent_diameter_area for r in whole if r.equivalent_diameter_area > SIZES[0] * expected]
     # The median is taken over what may be nuclei: dust is more frequent than cells in a thin field.
     median = expected
-    if sizes and not known and not hollow:
+    if sizes and not hollow:
         median = float(np.median(sizes))
         nucleus = median / found.scale
     accepted = [
@@ -115,6 +115,11 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
     if accepted and nucleus < SMALLEST:
         notes.append(
             f"nuclei are only some {nucleus:.0f} pixels across: fine texture is missing, so the verdict is unsure"
+        )
+    if accepted and pixel_size and not NUCLEUS_MICRONS[0] <= nucleus * pixel_size <= NUCLEUS_MICRONS[1]:
+        notes.append(
+            f"nuclei are {nucleus * pixel_size:.1f} micrometres across by the pixel size that was given, which those "
+            "of HEp-2 cells are not: leave it out if unsure"
         )
     outside = found.picture[found.labels == 0]
     ground = float(np.median(outside)) if outside.size else float(found.picture.min())
@@ -150,18 +155,23 @@ def _middle(intensity: np.ndarray) -> np.ndarray:
     return intensity[top : top + side, left : left + side]
 
 
-def _sizes(shape: tuple[int, int], step: float) -> np.ndarray:
+def _sizes(shape: tuple[int, int], step: float, pixel_size: float | None) -> np.ndarray:
     """List sizes of nuclei, in pixels, to look for in a field of this shape, each 2^`step` times the last."""
     largest = max(min(shape) / 3, 0.8 * ONE_CELL)
-    return SMALLEST * 2 ** np.arange(0, np.log2(largest / SMALLEST), step)
+    sizes = SMALLEST * 2 ** np.arange(0, np.log2(largest / SMALLEST), step)
+    if pixel_size is None:
+        return sizes
+    low, high = (across / pixel_size for across in NUCLEUS_MICRONS)
+    sizes = sizes[(low <= sizes) & (sizes <= high)]
+    return sizes if len(sizes) else np.array([(low * high) ** 0.5])
 
 
-def _best_trial(intensity: np.ndarray, nucleus: float | None) -> _Trial | None:
-    """Look for bright regions of the size `nucleus`, or of many sizes, and return the best, if there is any."""
+def _best_trial(intensity: np.ndarray, pixel_size: float | None) -> _Trial | None:
+    """Look for bright regions of many sizes, and return the best, if there is any."""
     middle, best = _middle(intensity), None
     if min(middle.shape) < 2 * SMALLEST:
         return None
-    for size in _sizes(middle.shape, 0.5) if nucleus is None else [nucleus]:
+    for size in _sizes(middle.shape, 0.5, pixel_size):
         labels, scale, picture, _ = _bright(middle, size)
         regions = [r for r in measure.regionprops(labels) if r.equivalent_diameter_area > 0.3 * size * scale]
         across = np.array([region.equivalent_diameter_area for region in regions]) / scale
@@ -266,12 +276,12 @@ class _Rings(NamedTuple):
     middle: float
 
 
-def _best_rings(intensity: np.ndarray, nucleus: float | None) -> _Rings | None:
-    """Look for rings round nuclei of the size `nucleus`, or of many sizes, and return those that stand out most."""
+def _best_rings(intensity: np.ndarray, pixel_size: float | None) -> _Rings | None:
+    """Look for rings round nuclei of many sizes, and return those that stand out most."""
     middle = _middle(intensity)
     if min(middle.shape) < 2 * SMALLEST:
         return None
-    tried = [_rings(middle, size) for size in (_sizes(middle.shape, 0.25) if nucleus is None else [nucleus])]
+    tried = [_rings(middle, size) for size in _sizes(middle.shape, 0.25, pixel_size)]
     return max((rings for rings in tried if len(rings.places)), key=lambda rings: rings.strength, default=None)
 
 

@@ -4,7 +4,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 import hep2.bench
-from hep2.bench import PEERS, measure_speed, measure_training, multiply_adds, speed_tables
+from hep2.bench import AT_OURS, PEERS, measure_speed, measure_training, multiply_adds, speed_tables
 from hep2.inference import ready_to_read
 from hep2.models import build_model
 from hep2.weights import load_weights
@@ -30,7 +30,8 @@ def test_measure_speed_measures_all_sides_and_sets_them_out(untrained, monkeypat
     monkeypatch.setattr(hep2.bench, "STARTS", {"resnet18": hep2.bench.STARTS["resnet18"]})
     result = measure_speed(load_weights(untrained))
     assert set(PEERS) < set(result["latency"])
-    assert set(PEERS) < set(result["images_per_second"])
+    assert {*PEERS, AT_OURS} < set(result["images_per_second"])
+    assert result["multiply_adds"][AT_OURS] < result["multiply_adds"]["resnet18"] / 5
     assert result["multiply_adds"]["all four models"] < result["multiply_adds"]["resnet18"] / 2
     assert result["processes"]["resnet18"]["bytes"] > 10**8
     assert all(row["median"] <= row["percentile_95"] for row in result["latency"].values())

@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image
 
 from hep2.__main__ import main
-from hep2.bulk import find_images, gather_parts, read_into
+from hep2.bulk import find_images, forget_failures, gather_parts, read_into
 from hep2.patterns import CLASS_NAMES
 from hep2.phantoms import phantom_cell
 from hep2.reader import Reader
@@ -53,6 +53,29 @@ def test_find_images_goes_through_folders_in_order_and_leaves_named_files(folder
         "slide 1/bad.TIF",
     ]
     assert list(find_images(["a.txt", "b"])) == ["a.txt", "b"]
+
+
+def test_read_into_reads_a_cell_that_is_named_twice_once(reader, folder, tmp_path):
+    table = tmp_path / "table.csv"
+    first = sources(folder)[0]
+    read_into(reader, [first, *sources(folder), first], table, progress=False)
+    assert [row["file"] for row in rows_of(table)] == [name for name, _ in sources(folder)]
+
+
+def test_read_into_goes_on_with_a_table_that_holds_a_blank_line(reader, folder, tmp_path):
+    table = tmp_path / "table.csv"
+    read_into(reader, sources(folder)[:3], table, progress=False)
+    with open(table, "a") as file:
+        file.write("\n")
+    forget_failures(table, reader.weights)
+    read_into(reader, sources(folder), table, progress=False)
+    assert [row["file"] for row in rows_of(table)] == [name for name, _ in sources(folder)]
+
+
+def test_classify_by_several_processes_wants_a_table(folder, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["classify", str(folder)]) == 1
+    assert "give --output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30, 2000])

@@ -161,8 +161,14 @@ def test_specimen_command_prints_words_json_and_a_table(tmp_path, capsys):
     with Image.open(overlay) as drawn:
         assert drawn.size == SHAPE[::-1]
     assert main(["specimen", str(path), "--csv"]) == 0
-    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    table = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(table.out)))
     assert len(rows) == answer["cells"]
+    assert table.err.startswith("hep2: Nucleolar\n")
+    assert main(["specimen", "examples/Golgi/1.png", "--csv"]) == 0
+    table = capsys.readouterr()
+    assert table.out.splitlines() == [",".join(rows[0])]
+    assert table.err.startswith("hep2: no cells found\nhep2: the image is no larger than one cell")
     assert main(["specimen", str(path), str(path), "--overlay", str(overlay)]) == 0
     assert capsys.readouterr().out.startswith("Nucleolar ")
     assert (tmp_path / "out" / "overlay-2.png").exists()
