@@ -42,17 +42,16 @@ def _attention(model: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         # The model is shared: other threads may be taking other cells through it meanwhile.
         if threading.get_ident() == own:
-            layers.append(output)
+            layers.append(_weights(output, model.config.heads))
 
-    # With the fused kernel off, timm's attention passes its weights (batch, heads, tokens, tokens) through this module.
-    handles = [block.attn.attn_drop.register_forward_hook(keep) for block in model.blocks]
+    # A fused kernel shows no weights, and another pass would give a cell other last digits: they are made once more of
+    # the same queries and keys.
+    handles = [block.attn.qkv.register_forward_hook(keep) for block in model.blocks]
     try:
         tokens = model.forward_features(images)
     finally:
         for handle in handles:
             handle.remove()
-    if len(layers) != len(model.blocks):
-        raise RuntimeError(f"{len(layers)} of {len(model.blocks)} layers told their attention: is it fused?")
     identity = torch.eye(tokens.shape[1], device=tokens.device)
     rolled = identity.expand(len(images), -1, -1)
     for weights in layers:
@@ -65,3 +64,10 @@ def _attention(model: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
     coarse = read[:, 1:].reshape(-1, side, side)
     # Every patch gets its even share by the skips: only what lies above the least says anything.
     return model.pool(tokens), coarse - coarse.amin((1, 2), keepdim=True)
+
+
+def _weights(projected: Tensor, heads: int) -> Tensor:
+    """Return how much each token attends to each, (batch, heads, tokens, tokens), from timm's `qkv`."""
+    batch, tokens, _ = projected.shape
+    queries, keys, _ = projected.reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    return (queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5).softmax(-1)

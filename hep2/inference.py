@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -10,8 +11,8 @@ def ready_to_read(model: nn.Module) -> nn.Module:
     """Prepare a model in evaluation mode, in place, that is not trained any more.
 
     In each `nn.Sequential` that begins with a convolution and its norm, the convolution takes over the norm, and a ReLU
-    if that is the third and last; all convolutions and linear layers become their packed kind, and max pooling its
-    quick one. Attention stays as it is: `hep2.explain` reads its weights.
+    if that is the third and last; all convolutions and linear layers become their packed kind, max pooling its quick
+    one, and attention its fused one, which is slower in training alone.
     """
     model.eval()
     for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
@@ -21,6 +22,8 @@ def ready_to_read(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) in _QUICK and (type(module) is not nn.MaxPool2d or _halves(module)):
             module.__class__ = _QUICK[type(module)]
+        elif isinstance(module, Attention):
+            module.fused_attn = True
     for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
         if [type(module) for module in sequence] == [PackedConvolution, nn.Identity, nn.ReLU]:
             sequence[0].activation, sequence[2] = "relu", nn.Identity()
