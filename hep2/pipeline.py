@@ -158,6 +158,7 @@ def _train_ensemble(
 
 
 def _content_of_members(output: Path, cells: Cells) -> str:
+    # Not their folders' revision: that has temperatures in it, which other roundings change.
     digest = hashlib.sha256(cells.fingerprint.encode())
     for name in StackEnsemble.member_names:
         digest.update((output / name / "model.safetensors").read_bytes())

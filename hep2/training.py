@@ -163,9 +163,7 @@ class _Run:
         accelerator: Accelerator,
         computed_from: str | None,
     ) -> None:
-        self.identity = _identity(model, train, validation, recipe, seed, accelerator)
-        if computed_from is not None:
-            self.identity["examples"] = computed_from
+        self.identity = _identity(model, train, validation, recipe, seed, accelerator, computed_from)
         self.recipe, self.directory, self.seed, self.accelerator = recipe, directory, seed, accelerator
         # Accelerate changes a model's forward pass for good: this one measures in full precision.
         self.measured = deepcopy(model).to(accelerator.device)
@@ -299,7 +297,13 @@ class _Run:
 
 
 def _identity(
-    model: nn.Module, train: Examples, validation: Examples, recipe: Recipe, seed: int, accelerator: Accelerator
+    model: nn.Module,
+    train: Examples,
+    validation: Examples,
+    recipe: Recipe,
+    seed: int,
+    accelerator: Accelerator,
+    computed_from: str | None,
 ) -> dict:
     """Return what must be the same for a run to go on: all that decides its steps."""
     # Under a constant rate the number of epochs changes no step: such a run can be made longer.
@@ -310,7 +314,7 @@ def _identity(
         "recipe": {key: value for key, value in changed.items() if key not in same_path},
         "seed": seed,
         "model": repr(model),
-        "examples": [_content(train), _content(validation)],
+        "examples": computed_from or [_content(train), _content(validation)],
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }
