@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from hep2.data import Cells, blocks_of, load_cells, specimen_blocks, unique_cells
 from hep2.evaluation import metrics
 from hep2.models import SpecimenSupervision, build_model, probabilities
-from hep2.patterns import DEFAULT_DATASET
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET
 from hep2.pipeline import specimens_of
 from hep2.recipes import RECIPES
 from hep2.specimens import read_blocks
@@ -38,6 +38,16 @@ EXPERIMENTS = {
     "haze, noise, gain and gamma": {"haze": 1.0, "noise": 0.2, "gain": 0.6},
     "haze and noise in half of the images": {"haze": 1.0, "noise": 0.2, "share": 0.5},
     "all of these": {"class_balance": "specimens", "zoom": 0.15, "sharpness": 1.0, "haze": 1.0, "noise": 0.2},
+    "nuclear stain": {"nuclear_stain": 0.5},
+    "nuclear stain, haze and noise": {"nuclear_stain": 0.5, "haze": 1.0, "noise": 0.2},
+    "haze, noise, scale and focus": {"zoom": 0.15, "sharpness": 0.5, "haze": 1.0, "noise": 0.2},
+    "the recipe robust, with nuclear stain too": {
+        "nuclear_stain": 0.5,
+        "zoom": 0.15,
+        "sharpness": 0.5,
+        "haze": 1.0,
+        "noise": 0.2,
+    },
     "MixStyle": {"style_mixing": 0.5},
     "CutMix": {"cutmix": 0.5},
     "specimens told apart in training": {"specimen_supervision": True},
@@ -83,7 +93,8 @@ def run(
     specimens, class_of_specimen = specimens_of(cells, train)
     if recipe.specimen_supervision:
         fitted, labels = SpecimenSupervision(model, class_of_specimen), specimens
-    known = Examples(cells.images[train], labels, specimens)
+    diffuse = (cells.labels[train] == CLASS_NAMES.index("Homogeneous")).nonzero()[:, 0]
+    known = Examples(cells.images[train], labels, specimens, diffuse)
     measured = Examples(cells.images[kept_away], cells.labels[kept_away])
     fit(fitted, known, measured, recipe, directory=folder, seed=0, accelerator=accelerator)
     model, seen = model.cpu(), eight_views(measured.inputs)[:views]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 PAPER_ANGLES = (0, 18, 36, 54, 72, 90)  # degrees; the source prints "32" for 36 once, a slip
+NUCLEAR_STAIN = 1.5  # times the light of the cell itself: as bright as the most hazy of the published specimens
 PAPER_BRIGHTNESS = 0.2  # the source names random brightness, not its range: our choice
 
 
@@ -110,11 +111,24 @@ def refocus(images: Tensor, sharpness: float, haze: float, generator: Generator)
     return torch.fft.irfft2(torch.fft.rfft2(images) * transfer, s=(rows, columns))
 
 
+def add_nuclear_stain(images: Tensor, nuclei: Tensor, generator: Generator) -> Tensor:
+    """Add to each image one of as many `nuclei`, at up to `NUCLEAR_STAIN` times its light and mostly little. Ours.
+
+    Nuclei of the pattern Homogeneous are what diffuse stain in a nucleus looks like, with the nucleus' own sharp border
+    that no blur of the image itself has. Many a serum has such stain besides its pattern: centromeres then lie on a
+    bright nucleus, and the pattern is still theirs. The sum is stretched as every image is.
+    """
+    nuclei = translate(dihedral(nuclei, generator), 6, generator)
+    return stretch(images + NUCLEAR_STAIN * _uniform(images, generator).square() * nuclei)
+
+
 def stretch(images: Tensor) -> Tensor:
     """Stretch each image as `hep2.imaging.prepare` does: the 1st percentile to 0, the 99th to 1."""
-    count = images[0].numel()
-    ordered = images.flatten(1).sort(1).values
-    low, high = ordered[:, round(0.01 * (count - 1))], ordered[:, round(0.99 * (count - 1))]
+    pixels = images.flatten(1)
+    last = pixels.shape[1] - 1
+    # Of a sorted image only the ends are asked for: finding them takes an eighth of the time of sorting.
+    low = pixels.topk(round(0.01 * last) + 1, largest=False, sorted=False).values.amax(1)
+    high = pixels.topk(last - round(0.99 * last) + 1, sorted=False).values.amin(1)
     low, high = low.view(-1, 1, 1, 1), high.view(-1, 1, 1, 1)
     return ((images - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
 

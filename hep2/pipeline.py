@@ -84,7 +84,7 @@ def train_models(
         train, validation = _examples(cells, parts.train), _examples(cells, parts.validation)
         if settings.specimen_supervision:
             specimens, class_of_specimen = specimens_of(cells, parts.train)
-            train = Examples(train.inputs, specimens)
+            train = train._replace(labels=specimens)
             fitted = SpecimenSupervision(model, class_of_specimen)
         history = fit(
             fitted,
@@ -128,7 +128,7 @@ def _train_ensemble(
                 )
     ensemble = StackEnsemble(*members.models.values(), tuple(map(members.temperature, StackEnsemble.member_names)))
     ensemble.eval()
-    images, labels, _ = _examples(cells, parts.validation)
+    images, labels, *_ = _examples(cells, parts.validation)
     with torch.no_grad():
         inputs = torch.cat([ensemble.member_probabilities(batch) for batch in images.split(256)])
     if labels.bincount(minlength=len(CLASS_NAMES)).min() < 5:
@@ -358,4 +358,6 @@ def predictions_csv(names: list[str], labels: list[str], answers: dict[str, np.n
 
 
 def _examples(cells: Cells, positions: np.ndarray) -> Examples:
-    return Examples(cells.images[positions], cells.labels[positions])
+    labels = cells.labels[positions]
+    homogeneous = (labels == CLASS_NAMES.index("Homogeneous")).nonzero()[:, 0]
+    return Examples(cells.images[positions], labels, diffuse=homogeneous)

@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from hep2.augmentation import PAPER_ANGLES, augment_paper, augment_tuned
+from hep2.augmentation import PAPER_ANGLES, add_nuclear_stain, augment_paper, augment_tuned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,8 @@ class Recipe:
     noise: float = 0.0  # for noise,
     exposure: float = 0.0  # and for light that is too bright,
     share: float = 1.0  # in this share of the images
-    finish: float = 0.0  # share of the epochs, the last, that alone do these five, in a learning cycle of their own
+    nuclear_stain: float = 0.0  # share of the images that get the diffuse stain of another nucleus
+    finish: float = 0.0  # share of the epochs, the last, that alone do these six, in a learning cycle of their own
     cutmix: float = 0.0  # share of the batches in which a patch of each image comes from another
     style_mixing: float = 0.0  # share of the batches whose cells exchange the statistics of their early features
     focal: float = 0.0  # how much less a sure answer weighs: the exponent of the focal loss (Lin et al. 2017)
@@ -64,7 +65,7 @@ class Recipe:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {allowed}")
-        for name in ("share", "finish", "cutmix", "style_mixing", "warm_up", "label_smoothing"):
+        for name in ("share", "nuclear_stain", "finish", "cutmix", "style_mixing", "warm_up", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: give a share between 0 and 1")
         if self.focal and self.class_balance == "weights":
@@ -86,12 +87,14 @@ _CHOICES = {
 class Examples(NamedTuple):
     """Inputs float32 of shape (examples, …), for images (examples, 1, 78, 78), and labels int64 of (examples,).
 
-    `specimens`, int64 of (examples,), is needed by recipes that draw specimens evenly.
+    `specimens`, int64 of (examples,), is needed by recipes that draw specimens evenly, and `diffuse`, the positions of
+    the examples that show a nucleus stained diffusely, int64, by recipes that add such stain.
     """
 
     inputs: Tensor
     labels: Tensor
     specimens: Tensor | None = None
+    diffuse: Tensor | None = None
 
 
 def fit(
@@ -116,10 +119,13 @@ def fit(
     Raises
     ------
     ValueError
-        If `directory` holds a checkpoint of another recipe, seed, model or dataset.
+        If `directory` holds a checkpoint of another recipe, seed, model or dataset, or if the recipe needs parts of
+        the examples that are not given.
     FloatingPointError
         If the loss is no longer finite.
     """
+    if recipe.nuclear_stain and (train.diffuse is None or not len(train.diffuse)):
+        raise ValueError("the recipe adds diffuse nuclear stain: give examples that show it, as `diffuse`")
     directory.mkdir(parents=True, exist_ok=True)
     if accelerator.device.type == "cpu":
         _keep_memory()
@@ -422,8 +428,18 @@ def _augmented(
     if recipe.augmentation == "paper":
         inputs = augment_paper(inputs, angle, generator)
     elif recipe.augmentation == "tuned":
+        if changes and recipe.nuclear_stain:
+            inputs = _with_nuclear_stain(inputs, train, recipe.nuclear_stain, generator)
         inputs = augment(inputs, recipe if changes else replace(recipe, share=0.0), generator)
     return inputs, labels
+
+
+def _with_nuclear_stain(inputs: Tensor, train: Examples, share: float, generator: Generator) -> Tensor:
+    chosen = (torch.rand(len(inputs), generator=generator) < share).nonzero()[:, 0].to(inputs.device)
+    if not len(chosen):
+        return inputs
+    nuclei = train.diffuse[torch.randint(len(train.diffuse), chosen.shape, generator=generator).to(inputs.device)]
+    return inputs.index_copy(0, chosen, add_nuclear_stain(inputs[chosen], train.inputs[nuclei], generator))
 
 
 def augment(images: Tensor, recipe: Recipe, generator: Generator) -> Tensor:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hep2.augmentation import augment_paper, augment_tuned, dihedral, stretch, translate
+from hep2.augmentation import add_nuclear_stain, augment_paper, augment_tuned, dihedral, stretch, translate
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -70,3 +70,23 @@ def test_augment_tuned_lets_light_that_is_too_bright_run_together(phantoms):
     images = stretch(phantoms.images)
     result = augment_tuned(images, generator(), gain=0.0, offset=0.0, exposure=3.0)
     assert (result == 1).float().mean() > 2 * (images == 1).float().mean()
+
+
+def test_nuclear_stain_fills_the_nucleus_and_leaves_the_pattern(phantoms):
+    images = stretch(phantoms.images)
+    torch.testing.assert_close(add_nuclear_stain(images, torch.zeros_like(images), generator()), images)
+    disc = (torch.linspace(-1, 1, 78).square()[:, None] + torch.linspace(-1, 1, 78).square() < 0.6).float()
+    stained = add_nuclear_stain(images, disc.expand_as(images), generator())
+    assert stained.min() >= 0 and stained.max() <= 1
+    nucleus, corners = disc > 0, torch.zeros(78, 78, dtype=torch.bool)
+    corners[:4, :4] = True
+    grown = (stained - images)[..., nucleus].mean(2) - (stained - images)[..., corners].mean(2)
+    assert (grown > 0.01).float().mean() > 0.5
+    grains = torch.zeros(64, 1, 78, 78)
+    for row in (30, 39, 48):
+        for column in (30, 39, 48):
+            grains[..., row : row + 3, column : column + 3] = 1
+    stained = add_nuclear_stain(grains, disc.expand_as(grains), generator())
+    between = stained[..., 34:38, 34:38].amax((2, 3))
+    assert (stained[grains > 0] > 0.99).all() and (between < 0.99).all()
+    assert between.max() > 0.4

@@ -18,6 +18,7 @@ from hep2.recipes import ARCHITECTURES, RECIPES
 from hep2.training import Examples, Recipe, cutmix, fit, focal_loss, write_atomically
 
 RECIPE = Recipe(epochs=3, batch_size=8, optimizer="adamw", learning_rate=0.01, augmentation="tuned", ema_decay=0.9)
+STAINED = replace(RECIPE, nuclear_stain=0.5)
 
 
 def small_model() -> nn.Module:
@@ -28,7 +29,8 @@ def small_model() -> nn.Module:
 
 
 def examples(cells, start: int, step: int) -> Examples:
-    return Examples(cells.images[start::step], cells.labels[start::step])
+    labels = cells.labels[start::step]
+    return Examples(cells.images[start::step], labels, diffuse=(labels == 2).nonzero()[:, 0])
 
 
 def run(cells, directory, recipe=RECIPE, seed=0, model=None) -> tuple[nn.Module, list[dict]]:
@@ -73,8 +75,11 @@ def test_fit_learns_and_logs_every_epoch(balance, phantoms, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
-def test_fit_goes_on_where_it_was_stopped_with_the_same_weights_bit_for_bit(kept, phantoms, tmp_path, monkeypatch):
-    whole, history = run(phantoms, tmp_path / "whole")
+@pytest.mark.parametrize("recipe", [RECIPE, STAINED])
+def test_fit_goes_on_where_it_was_stopped_with_the_same_weights_bit_for_bit(
+    recipe, kept, phantoms, tmp_path, monkeypatch
+):
+    whole, history = run(phantoms, tmp_path / "whole", recipe)
 
     class Stopped(Exception):
         pass
@@ -86,8 +91,8 @@ def test_fit_goes_on_where_it_was_stopped_with_the_same_weights_bit_for_bit(kept
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr("hep2.training.write_atomically", stop_later)
-        run(phantoms, tmp_path / "parts")
-    resumed, resumed_history = run(phantoms, tmp_path / "parts")
+        run(phantoms, tmp_path / "parts", recipe)
+    resumed, resumed_history = run(phantoms, tmp_path / "parts", recipe)
     assert_same_weights(whole, resumed)
     assert [r["train_loss"] for r in resumed_history] == [r["train_loss"] for r in history]
 
@@ -239,6 +244,20 @@ def test_recipes_name_every_model_and_the_paper_recipe_is_the_sources():
 def test_recipe_refuses_values_that_do_not_fit(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         replace(RECIPE, **change)
+
+
+def test_nuclear_stain_needs_nuclei(phantoms, tmp_path):
+    part = examples(phantoms, 0, 2)._replace(diffuse=None)
+    with pytest.raises(ValueError, match="give examples that show it"):
+        fit(small_model(), part, part, STAINED, directory=tmp_path, seed=0, accelerator=Accelerator(), progress=False)
+
+
+def test_nuclear_stain_comes_with_the_finish(phantoms, tmp_path):
+    plain = replace(RECIPE, epochs=3, finish=1 / 3)
+    _, without = run(phantoms, tmp_path / "without", plain)
+    _, stained = run(phantoms, tmp_path / "with", replace(plain, nuclear_stain=1.0))
+    same = [one["train_loss"] == other["train_loss"] for one, other in zip(without, stained, strict=True)]
+    assert same == [True, True, False]
 
 
 def test_cutmix_mixes_targets_by_area():
