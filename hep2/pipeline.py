@@ -81,9 +81,10 @@ def train_models(
         settings = replace(RECIPES[recipe][name], **(changes or {}))
         torch.manual_seed(seed)
         fitted = model = build_model(name, ARCHITECTURES[recipe][name])
-        train, validation = _examples(cells, parts.train), _examples(cells, parts.validation)
+        specimens, class_of_specimen = specimens_of(cells, parts.train)
+        train = _examples(cells, parts.train)._replace(specimens=specimens)
+        validation = _examples(cells, parts.validation)
         if settings.specimen_supervision:
-            specimens, class_of_specimen = specimens_of(cells, parts.train)
             train = train._replace(labels=specimens)
             fitted = SpecimenSupervision(model, class_of_specimen)
         history = fit(

@@ -126,6 +126,8 @@ def fit(
     """
     if recipe.nuclear_stain and (train.diffuse is None or not len(train.diffuse)):
         raise ValueError("the recipe adds diffuse nuclear stain: give examples that show it, as `diffuse`")
+    if recipe.class_balance == "specimens" and train.specimens is None:
+        raise ValueError("the recipe draws specimens evenly: give the examples' `specimens`")
     directory.mkdir(parents=True, exist_ok=True)
     if accelerator.device.type == "cpu":
         _keep_memory()

@@ -246,10 +246,13 @@ def test_recipe_refuses_values_that_do_not_fit(change):
         replace(RECIPE, **change)
 
 
-def test_nuclear_stain_needs_nuclei(phantoms, tmp_path):
+@pytest.mark.parametrize(
+    "recipe, missing", [(STAINED, "`diffuse`"), (replace(RECIPE, class_balance="specimens"), "`specimens`")]
+)
+def test_fit_says_which_part_of_the_examples_is_missing(recipe, missing, phantoms, tmp_path):
     part = examples(phantoms, 0, 2)._replace(diffuse=None)
-    with pytest.raises(ValueError, match="give examples that show it"):
-        fit(small_model(), part, part, STAINED, directory=tmp_path, seed=0, accelerator=Accelerator(), progress=False)
+    with pytest.raises(ValueError, match=missing):
+        fit(small_model(), part, part, recipe, directory=tmp_path, seed=0, accelerator=Accelerator(), progress=False)
 
 
 def test_nuclear_stain_comes_with_the_finish(phantoms, tmp_path):
