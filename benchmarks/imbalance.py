@@ -1,4 +1,4 @@
-"""Does anything done against the imbalance of the classes help? Golgi has 530 of 13,402 cells.
+"""Does anything done against the imbalance of the classes help? Golgi has 724 of 13,402 cells.
 
     pip install imbalanced-learn
     python -m benchmarks.imbalance --dataset … --output runs/imbalance [--only NAME …] [--seeds 0 1 2]
