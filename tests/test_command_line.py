@@ -1,10 +1,13 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
+from conftest import ROOT
 from PIL import Image
 
 import train
@@ -53,6 +56,14 @@ def test_classify_answers_for_all_others_when_one_fails_and_exits_1(form, images
     else:
         assert images[0] in out
         assert images[1] in out
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(tmp_path):
+    command = [sys.executable, "-m", "hep2", "audit", "--json", "--dataset", "phantoms:12"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
 
 
 def test_classify_without_usable_weights_says_so(images, tmp_path, capsys):
