@@ -78,7 +78,8 @@ def test_nearest_neighbours_tell_the_patterns_apart(cells):
 
 
 def test_evaluate_specimens_trains_every_fold_once_and_goes_on(cells, few_refusals, tmp_path, monkeypatch):
-    options = {"names": ("cnn",), "changes": {"epochs": 1}, "accelerator": Accelerator(cpu=True), "progress": False}
+    options = {"names": ("cnn",), "recipe": "robust", "changes": {"epochs": 1}, "progress": False}
+    options["accelerator"] = Accelerator(cpu=True)
     result = evaluate_specimens(cells, tmp_path, **options)
     assert result == read_json(tmp_path / "metrics.json")
     assert len(result["per_fold"]) == 4
