@@ -11,7 +11,7 @@ printed.
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,8 @@ from hep2.training import Examples, Recipe, fit, predict_logits
 FOLDS = ("1", "3")  # that are measured on; 0 and 2 are left alone
 EPOCHS = 10
 PLAIN = {"specimen_supervision": False, "epochs": EPOCHS}  # what is on trial here is added to these changes
-SPOILT = {"haze": 1.0, "noise": 0.2, "zoom": 0.15, "sharpness": 0.5}
+ROBUST = asdict(RECIPES["robust"]["cnn"])
+SPOILT = {name: ROBUST[name] for name in ("haze", "noise", "zoom", "sharpness")}
 EXPERIMENTS = {
     "plain": {},
     "classes and specimens drawn evenly": {"class_balance": "specimens"},
@@ -43,8 +44,8 @@ EXPERIMENTS = {
     "all of these": {"class_balance": "specimens", "zoom": 0.15, "sharpness": 1.0, "haze": 1.0, "noise": 0.2},
     "nuclear stain": {"nuclear_stain": 0.5},
     "haze, noise, scale and focus": SPOILT,
-    "haze, noise, scale, focus and nuclear stain": {"nuclear_stain": 0.5, **SPOILT},
-    "the same, drawn evenly (the recipe robust)": {"class_balance": "specimens", "nuclear_stain": 0.5, **SPOILT},
+    "haze, noise, scale, focus and nuclear stain": {"nuclear_stain": ROBUST["nuclear_stain"], **SPOILT},
+    "the same, drawn evenly (the recipe robust)": ROBUST | PLAIN,
     "MixStyle": {"style_mixing": 0.5},
     "CutMix": {"cutmix": 0.5},
     "specimens told apart in training": {"specimen_supervision": True},

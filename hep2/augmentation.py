@@ -1,7 +1,7 @@
 """Augmentation of whole batches, on the device they are on.
 
-Every function takes images (batch, 1, rows, columns), float32 in [0, 1], and a CPU generator that decides
-everything, and returns new images of the same shape and range.
+Every function takes images (batch, 1, rows, columns), float32 in [0, 1], and, where there is chance, a CPU generator
+that decides everything, and returns new images of the same shape; only `rescale` and `refocus` may leave the range.
 """
 
 import math
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 PAPER_ANGLES = (0, 18, 36, 54, 72, 90)  # degrees; the source prints "32" for 36 once, a slip
+SHIFT = 6  # pixels a side
 NUCLEAR_STAIN = 1.5  # times the light of the cell itself: as bright as the most hazy of the published specimens
 PAPER_BRIGHTNESS = 0.2  # the source names random brightness, not its range: our choice
 
@@ -33,7 +34,7 @@ def augment_tuned(
     images: Tensor,
     generator: Generator,
     *,
-    shift: int = 6,
+    shift: int = SHIFT,
     gain: float = 0.2,
     offset: float = 0.05,
     zoom: float = 0.0,
@@ -43,7 +44,7 @@ def augment_tuned(
     exposure: float = 0.0,
     share: float = 1.0,
 ) -> Tensor:
-    """Turn, mirror, shift, and change gain, gamma and offset; if asked, scale, focus, haze and noise as well.
+    """Turn, mirror, shift, change gain, gamma and offset; if asked, scale, focus, haze, noise and exposure as well.
 
     Fine texture tells Speckled from Homogeneous, and a rotation by a free angle blurs it: quarter turns, mirrors and
     shifts by whole pixels move pixels and leave their values alone. `zoom`, `sharpness`, `haze`, `noise` and `exposure`
@@ -118,7 +119,7 @@ def add_nuclear_stain(images: Tensor, nuclei: Tensor, generator: Generator) -> T
     that no blur of the image itself has. Many a serum has such stain besides its pattern: centromeres then lie on a
     bright nucleus, and the pattern is still theirs. The sum is stretched as every image is.
     """
-    nuclei = translate(dihedral(nuclei, generator), 6, generator)
+    nuclei = translate(dihedral(nuclei, generator), SHIFT, generator)
     return stretch(images + NUCLEAR_STAIN * _uniform(images, generator).square() * nuclei)
 
 

@@ -55,8 +55,8 @@ def train_models(
     Raises
     ------
     ValueError
-        If a name or recipe is unknown, if `output` holds another run, or if the ensemble's members there were trained
-        on other cells.
+        If a name or recipe is unknown, if a class has no train cell, if `output` holds another run, or if the
+        ensemble's members there were trained on other cells.
     FileNotFoundError
         If the ensemble's members are not there.
     """
@@ -65,6 +65,9 @@ def train_models(
     if unknown := set(names) - set(MODELS):
         raise ValueError(f"unknown models {sorted(unknown)}: choose from {tuple(MODELS)}")
     parts = split(cells, protocol, seed, fold)
+    if missing := set(range(len(CLASS_NAMES))) - set(cells.labels[parts.train].tolist()):
+        lacking = ", ".join(CLASS_NAMES[number] for number in sorted(missing))
+        raise ValueError(f"{cells.source}: no cell of {lacking} to train on: give some of each of the six patterns")
     origin = {
         "recipe": recipe,
         "protocol": protocol,

@@ -50,8 +50,8 @@ class Recipe:
     noise: float = 0.0  # for noise,
     exposure: float = 0.0  # and for light that is too bright,
     share: float = 1.0  # in this share of the images
-    nuclear_stain: float = 0.0  # share of the images that get the diffuse stain of another nucleus
-    finish: float = 0.0  # share of the epochs, the last, that alone do these six, in a learning cycle of their own
+    nuclear_stain: float = 0.0  # in this share of the images, for diffuse stain of another nucleus
+    finish: float = 0.0  # share of the epochs, the last, that alone do all this from zoom on, in a cycle of their own
     cutmix: float = 0.0  # share of the batches in which a patch of each image comes from another
     style_mixing: float = 0.0  # share of the batches whose cells exchange the statistics of their early features
     focal: float = 0.0  # how much less a sure answer weighs: the exponent of the focal loss (Lin et al. 2017)
@@ -68,6 +68,14 @@ class Recipe:
         for name in ("share", "nuclear_stain", "finish", "cutmix", "style_mixing", "warm_up", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: give a share between 0 and 1")
+        if self.augmentation == "paper" and self.class_balance in ("sampling", "specimens"):
+            raise ValueError("augmentation='paper' shows each cell in six rotations: it draws no cells by their class")
+        if self.specimen_supervision and self.class_balance != "none":
+            raise ValueError("with specimen_supervision the labels are specimens: set class_balance='none'")
+        if self.nuclear_stain and self.augmentation != "tuned":
+            raise ValueError("nuclear_stain is a part of augmentation='tuned': choose that")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is {self.patience}: give one epoch or more, or None")
         if self.focal and self.class_balance == "weights":
             raise ValueError("focal and class_balance='weights' both weigh the loss: choose one")
         if self.epochs < 1 or self.batch_size < 2 or self.learning_rate <= 0:
@@ -445,7 +453,7 @@ def _with_nuclear_stain(inputs: Tensor, train: Examples, share: float, generator
 
 
 def augment(images: Tensor, recipe: Recipe, generator: Generator) -> Tensor:
-    """Change images (batch, 1, 78, 78) at random as much as a recipe with the tuned augmentation says."""
+    """Change images (batch, 1, 78, 78) as a recipe with the tuned augmentation says, but for the nuclear stain."""
     names = ("gain", "zoom", "sharpness", "haze", "noise", "exposure", "share")
     return augment_tuned(images, generator, **{name: getattr(recipe, name) for name in names})
 

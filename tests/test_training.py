@@ -14,11 +14,13 @@ from conftest import ROOT
 from torch import nn
 
 import train
+from hep2.patterns import CLASS_NAMES
 from hep2.recipes import ARCHITECTURES, RECIPES
-from hep2.training import Examples, Recipe, cutmix, fit, focal_loss, write_atomically
+from hep2.training import Examples, Recipe, _weights_of_specimens, cutmix, fit, focal_loss, write_atomically
 
 RECIPE = Recipe(epochs=3, batch_size=8, optimizer="adamw", learning_rate=0.01, augmentation="tuned", ema_decay=0.9)
-STAINED = replace(RECIPE, nuclear_stain=0.5)
+STAINED = replace(RECIPE, nuclear_stain=0.5, class_balance="specimens")
+HOMOGENEOUS = CLASS_NAMES.index("Homogeneous")
 
 
 def small_model() -> nn.Module:
@@ -30,7 +32,8 @@ def small_model() -> nn.Module:
 
 def examples(cells, start: int, step: int) -> Examples:
     labels = cells.labels[start::step]
-    return Examples(cells.images[start::step], labels, diffuse=(labels == 2).nonzero()[:, 0])
+    specimens = 2 * labels + (torch.arange(len(labels)) % 3 == 0)  # two a class, one of them twice as large
+    return Examples(cells.images[start::step], labels, specimens, (labels == HOMOGENEOUS).nonzero()[:, 0])
 
 
 def run(cells, directory, recipe=RECIPE, seed=0, model=None) -> tuple[nn.Module, list[dict]]:
@@ -54,7 +57,7 @@ def assert_same_weights(first: nn.Module, second: nn.Module) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("balance", ["none", "weights", "sampling"])
+@pytest.mark.parametrize("balance", ["none", "weights", "sampling", "specimens"])
 def test_fit_learns_and_logs_every_epoch(balance, phantoms, tmp_path):
     recipe = replace(RECIPE, epochs=15, class_balance=balance, augmentation="none")
     _, history = run(phantoms, tmp_path, recipe)
@@ -239,6 +242,10 @@ def test_recipes_name_every_model_and_the_paper_recipe_is_the_sources():
         {"share": 1.5},
         {"finish": -0.1},
         {"focal": 2.0, "class_balance": "weights"},
+        {"augmentation": "paper", "class_balance": "sampling"},
+        {"specimen_supervision": True, "class_balance": "specimens"},
+        {"nuclear_stain": 0.5, "augmentation": "none"},
+        {"patience": 0},
     ],
 )
 def test_recipe_refuses_values_that_do_not_fit(change):
@@ -247,12 +254,18 @@ def test_recipe_refuses_values_that_do_not_fit(change):
 
 
 @pytest.mark.parametrize(
-    "recipe, missing", [(STAINED, "`diffuse`"), (replace(RECIPE, class_balance="specimens"), "`specimens`")]
+    "recipe, missing",
+    [(replace(RECIPE, nuclear_stain=0.5), "`diffuse`"), (replace(RECIPE, class_balance="specimens"), "`specimens`")],
 )
 def test_fit_says_which_part_of_the_examples_is_missing(recipe, missing, phantoms, tmp_path):
-    part = examples(phantoms, 0, 2)._replace(diffuse=None)
+    part = examples(phantoms, 0, 2)._replace(diffuse=None, specimens=None)
     with pytest.raises(ValueError, match=missing):
         fit(small_model(), part, part, recipe, directory=tmp_path, seed=0, accelerator=Accelerator(), progress=False)
+
+
+def test_drawn_evenly_classes_weigh_the_same_and_so_do_the_specimens_of_a_class():
+    weights = _weights_of_specimens(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 2]))
+    torch.testing.assert_close(weights, torch.tensor([0.25, 0.25, 0.5, 1.0], dtype=torch.float64))
 
 
 def test_nuclear_stain_comes_with_the_finish(phantoms, tmp_path):
