@@ -180,14 +180,6 @@ def test_train_of_a_bad_dataset_or_directory_says_so_and_exits_1(tmp_path, capsy
     assert "cnn/config.json is missing" in capsys.readouterr().err
 
 
-def test_training_without_a_cell_of_some_class_names_the_class(tmp_path, capsys):
-    assert main(["phantoms", "--output", str(tmp_path / "cells" / "train"), "--count", "20"]) == 0
-    shutil.rmtree(tmp_path / "cells" / "train" / "Speckled")
-    run = ["--dataset", str(tmp_path / "cells"), "--epochs", "1", "--output", str(tmp_path / "run")]
-    assert train.main(run) == 1
-    assert "no cell of Speckled to train on" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("form", [[], ["--json"]])
 def test_audit_of_phantoms_finds_no_duplicate(form, capsys):
     assert main(["audit", "--dataset", "phantoms:2", *form]) == 0

@@ -6,6 +6,7 @@ from hep2.data import CellFile, Cells, blocks_of, cells_from_files, specimen_blo
 from hep2.evaluation import expected_calibration_error
 from hep2.patterns import CLASS_NAMES
 from hep2.phantoms import phantom_cell
+from hep2.pipeline import train_models
 from hep2.specimens import (
     evaluate_specimens,
     nearest_neighbours,
@@ -98,3 +99,16 @@ def test_evaluate_specimens_trains_every_fold_once_and_goes_on(cells, few_refusa
     monkeypatch.setattr("hep2.specimens.evaluate_weights", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr("hep2.training._Run.train_epoch", lambda *_: pytest.fail("trained again"))
     assert evaluate_specimens(cells, tmp_path, **options) == result
+
+
+def test_training_without_a_cell_of_some_class_names_the_class(tmp_path):
+    random = np.random.default_rng(1)
+    files = [
+        CellFile(f"{name}-{number}.png", phantom_cell(name, random), name, "train")
+        for name in CLASS_NAMES
+        if name != "Speckled"
+        for number in range(10)
+    ]
+    lacking = cells_from_files(files, source="five patterns")
+    with pytest.raises(ValueError, match="five patterns: no cell of Speckled to train on"):
+        train_models(lacking, tmp_path, names=("cnn",), accelerator=Accelerator(cpu=True))
