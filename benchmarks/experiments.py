@@ -22,11 +22,11 @@ from accelerate import Accelerator
 from hep2.data import Cells, blocks_of, load_cells, specimen_blocks, split, unique_cells
 from hep2.evaluation import metrics
 from hep2.models import SpecimenSupervision, build_model, probabilities
-from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET
-from hep2.pipeline import specimens_of
+from hep2.patterns import DEFAULT_DATASET
+from hep2.pipeline import examples_of, specimens_of
 from hep2.recipes import RECIPES
 from hep2.specimens import read_blocks
-from hep2.training import Examples, Recipe, fit, predict_logits
+from hep2.training import Recipe, fit, predict_logits
 
 FOLDS = ("1", "3")  # that are measured on; 0 and 2 are left alone
 EPOCHS = 10
@@ -42,7 +42,7 @@ EXPERIMENTS = {
     "haze, noise, gain and gamma": {"haze": 1.0, "noise": 0.2, "gain": 0.6},
     "haze and noise in half of the images": {"haze": 1.0, "noise": 0.2, "share": 0.5},
     "all of these": {"class_balance": "specimens", "zoom": 0.15, "sharpness": 1.0, "haze": 1.0, "noise": 0.2},
-    "nuclear stain": {"nuclear_stain": 0.5},
+    "nuclear stain": {"nuclear_stain": ROBUST["nuclear_stain"]},
     "haze, noise, scale and focus": SPOILT,
     "haze, noise, scale, focus and nuclear stain": {"nuclear_stain": ROBUST["nuclear_stain"], **SPOILT},
     "the same, drawn evenly (the recipe robust)": ROBUST | PLAIN,
@@ -91,9 +91,8 @@ def run(
     specimens, class_of_specimen = specimens_of(cells, train)
     if recipe.specimen_supervision:
         fitted, labels = SpecimenSupervision(model, class_of_specimen), specimens
-    diffuse = (cells.labels[train] == CLASS_NAMES.index("Homogeneous")).nonzero()[:, 0]
-    known = Examples(cells.images[train], labels, specimens, diffuse)
-    measured = Examples(cells.images[kept_away], cells.labels[kept_away])
+    known = examples_of(cells, train)._replace(labels=labels, specimens=specimens)
+    measured = examples_of(cells, kept_away)
     fit(fitted, known, measured, recipe, directory=folder, seed=0, accelerator=accelerator)
     model, seen = model.cpu(), eight_views(measured.inputs)[:views]
     answers = torch.stack([probabilities(predict_logits(model, view)) for view in seen]).mean(0).numpy()

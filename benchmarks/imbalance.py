@@ -22,6 +22,7 @@ from hep2.data import Cells, load_cells, split
 from hep2.evaluation import metrics
 from hep2.models import build_model, probabilities
 from hep2.patterns import DEFAULT_DATASET, IMAGE_SIZE
+from hep2.pipeline import examples_of
 from hep2.recipes import RECIPES
 from hep2.training import Examples, fit, predict_logits
 
@@ -59,7 +60,7 @@ def run(cells: Cells, name: str, seed: int, output: Path, accelerator: Accelerat
     """Train with one remedy and one seed, unless the run's folder holds that; returns the measurements."""
     folder = output / f"{name.replace(' ', '-')}-{seed}"
     parts, recipe = split(cells, "clean", seed), REMEDIES[name]
-    train, validation = (Examples(cells.images[part], cells.labels[part]) for part in (parts.train, parts.validation))
+    train, validation = (examples_of(cells, part) for part in (parts.train, parts.validation))
     if name == "SMOTE":
         train = oversampled(train, seed)
     torch.manual_seed(seed)

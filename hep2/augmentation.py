@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 PAPER_ANGLES = (0, 18, 36, 54, 72, 90)  # degrees; the source prints "32" for 36 once, a slip
 SHIFT = 6  # pixels a side
-NUCLEAR_STAIN = 1.5  # times the light of the cell itself: as bright as the most hazy of the published specimens
+NUCLEAR_STAIN = 1.5  # times the light of the cell itself: our choice
 PAPER_BRIGHTNESS = 0.2  # the source names random brightness, not its range: our choice
 
 

@@ -85,8 +85,8 @@ def train_models(
         torch.manual_seed(seed)
         fitted = model = build_model(name, ARCHITECTURES[recipe][name])
         specimens, class_of_specimen = specimens_of(cells, parts.train)
-        train = _examples(cells, parts.train)._replace(specimens=specimens)
-        validation = _examples(cells, parts.validation)
+        train = examples_of(cells, parts.train)._replace(specimens=specimens)
+        validation = examples_of(cells, parts.validation)
         if settings.specimen_supervision:
             train = train._replace(labels=specimens)
             fitted = SpecimenSupervision(model, class_of_specimen)
@@ -132,7 +132,7 @@ def _train_ensemble(
                 )
     ensemble = StackEnsemble(*members.models.values(), tuple(map(members.temperature, StackEnsemble.member_names)))
     ensemble.eval()
-    images, labels, *_ = _examples(cells, parts.validation)
+    images, labels, *_ = examples_of(cells, parts.validation)
     with torch.no_grad():
         inputs = torch.cat([ensemble.member_probabilities(batch) for batch in images.split(256)])
     if labels.bincount(minlength=len(CLASS_NAMES)).min() < 5:
@@ -183,7 +183,7 @@ def train_refusal(cells: Cells, parts: Split, output: Path, origin: dict) -> Non
             for model in weights.models.values()
         ]
 
-    train, validation = _examples(cells, parts.train), cells.images[parts.validation]
+    train, validation = examples_of(cells, parts.train), cells.images[parts.validation]
     refusal = fit_refusal(members, features_of, train.inputs, train.labels, validation, origin["seed"])
     save_refusal(output, refusal, members, training=origin)
 
@@ -361,7 +361,8 @@ def predictions_csv(names: list[str], labels: list[str], answers: dict[str, np.n
     return text.getvalue()
 
 
-def _examples(cells: Cells, positions: np.ndarray) -> Examples:
+def examples_of(cells: Cells, positions: np.ndarray) -> Examples:
+    """Return the cells at some positions to train or measure on; those of the pattern Homogeneous are diffuse."""
     labels = cells.labels[positions]
     homogeneous = (labels == CLASS_NAMES.index("Homogeneous")).nonzero()[:, 0]
     return Examples(cells.images[positions], labels, diffuse=homogeneous)
