@@ -177,6 +177,9 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, CLASSES)
 
+    def extra_repr(self) -> str:
+        return f"pooling={self.config.pooling!r}"  # of the config, what no layer shows
+
     def forward_features(self, images: Tensor) -> Tensor:
         patches = self.patches(self.stem(images))  # (batch, 169, width)
         tokens = torch.cat([self.class_token.expand(len(patches), -1, -1), patches], dim=1)

@@ -192,6 +192,8 @@ class _Run:
         self.classes = int(train.labels.max()) + 1
         self.class_weights = _class_weights(self.train.labels) if recipe.class_balance == "weights" else None
         if recipe.style_mixing:
+            if not hasattr(model, "early_layers"):
+                raise ValueError("style_mixing exchanges early features of convolutions: train a CNN or a ResCNN")
             for layer in model.early_layers():
                 layer.register_forward_hook(partial(mix_style, share=recipe.style_mixing))
         self.averaged = None
@@ -337,8 +339,9 @@ def _identity(
 
 
 def _content(examples: Examples) -> str:
-    digest = hashlib.sha256(examples.inputs.contiguous().numpy())
-    digest.update(examples.labels.contiguous().numpy())
+    digest = hashlib.sha256()
+    for part in examples:
+        digest.update(b"none" if part is None else part.contiguous().numpy())
     return digest.hexdigest()[:16]
 
 

@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from hep2.augmentation import add_nuclear_stain, augment_paper, augment_tuned, dihedral, stretch, translate
+from hep2.imaging import prepare
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -20,8 +22,14 @@ def test_translate_moves_whole_pixels_and_mirrors_at_the_border():
     moved = translate(image.expand(50, -1, -1, -1), 2, generator())
     padded = torch.nn.functional.pad(image, (2, 2, 2, 2), mode="reflect")[0, 0]
     windows = [padded[r : r + 10, c : c + 10] for r in range(5) for c in range(5)]
-    for one in moved[:, 0]:
-        assert any(torch.equal(one, window) for window in windows)
+    seen = [next(k for k, window in enumerate(windows) if torch.equal(one, window)) for one in moved[:, 0]]
+    assert len(set(seen)) > 15  # of the 25 places that fifty cells may be moved to
+
+
+def test_stretch_is_what_prepare_does_to_an_image(phantoms):
+    dull = 0.2 + 0.5 * phantoms.images[:8]
+    prepared = np.stack([prepare(image.numpy()) for image in dull[:, 0]])
+    np.testing.assert_allclose(stretch(dull).numpy(), prepared, atol=0.01)  # that one interpolates percentiles
 
 
 CHANGES = {"zoom": 0.25, "sharpness": 1.0, "haze": 0.3, "noise": 0.2, "exposure": 0.6}

@@ -130,6 +130,26 @@ def test_fit_takes_no_other_examples_for_those_it_has_seen(phantoms, tmp_path):
         fit(model, Examples(other, labels), Examples(other, labels), recipe, **options)
 
 
+def test_fit_takes_no_other_specimens_for_those_it_has_seen(tmp_path):
+    recipe = replace(RECIPE, augmentation="none", epochs=1, class_balance="specimens")
+    inputs, labels = torch.rand(24, 12), torch.arange(24) % 6
+    model = nn.Sequential(nn.Linear(12, 6))
+    options = {"directory": tmp_path, "seed": 0, "accelerator": Accelerator(), "progress": False}
+    examples = Examples(inputs, labels, specimens=labels)
+    fit(model, examples, examples, recipe, **options)
+    other = examples._replace(specimens=torch.arange(24) % 12)
+    with pytest.raises(ValueError, match="another run \\(another examples\\)"):
+        fit(model, other, other, recipe, **options)
+
+
+def test_fit_refuses_style_mixing_where_there_are_no_convolutions(tmp_path):
+    examples = Examples(torch.rand(24, 12), torch.arange(24) % 6)
+    options = {"directory": tmp_path, "seed": 0, "accelerator": Accelerator(), "progress": False}
+    recipe = replace(RECIPE, augmentation="none", style_mixing=0.5)
+    with pytest.raises(ValueError, match="train a CNN or a ResCNN"):
+        fit(nn.Sequential(nn.Linear(12, 6)), examples, examples, recipe, **options)
+
+
 def test_fit_goes_on_with_inputs_that_another_machine_has_rounded_otherwise(tmp_path):
     recipe = replace(RECIPE, augmentation="none", epochs=1)
     inputs, labels = torch.rand(24, 12), torch.arange(24) % 6
