@@ -27,9 +27,10 @@ from hep2.models import build_model
 from hep2.patterns import CLASS_NAMES, IMAGE_SIZE
 from hep2.peers import PEER_SIZE, PEERS, loading_request, peer_request
 from hep2.phantoms import phantom_cell
+from hep2.pipeline import examples_of
 from hep2.reader import Reader, predict
 from hep2.recipes import RECIPES
-from hep2.training import Examples, augment, fit
+from hep2.training import Examples, augment, fit, in_epoch
 from hep2.weights import Weights
 
 AT_OURS = f"resnet18 at {IMAGE_SIZE} x {IMAGE_SIZE}"
@@ -201,9 +202,10 @@ def measure_training(names: tuple[str, ...] = ("cnn", "rescnn", "vit"), batches:
     accelerator = Accelerator(mixed_precision="bf16")
     measured = {}
     for name in names:
-        recipe = replace(RECIPES["tuned"][name], epochs=1, finish=0.0, specimen_supervision=False)
+        recipe = RECIPES["tuned"][name]
+        recipe = replace(in_epoch(recipe, recipe.epochs), epochs=1, finish=0.0)
         cells = load_cells(f"phantoms:{batches * recipe.batch_size // len(CLASS_NAMES)}")
-        examples, model = Examples(cells.images, cells.labels), build_model(name)
+        examples, model = examples_of(cells, np.arange(len(cells))), build_model(name)
         work = 3 * multiply_adds(model.eval(), cells.images[:1])
         with tempfile.TemporaryDirectory() as folder:
             few = Examples(*(part[: recipe.batch_size] for part in examples[:2]))

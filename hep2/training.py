@@ -51,7 +51,8 @@ class Recipe:
     exposure: float = 0.0  # and for light that is too bright,
     share: float = 1.0  # in this share of the images
     nuclear_stain: float = 0.0  # in this share of the images, for diffuse stain of another nucleus
-    finish: float = 0.0  # share of the epochs, the last, that alone do all this from zoom on, in a cycle of their own
+    finish: float = 0.0  # share of the epochs, the last, that are a cycle of their own at half the learning rate,
+    finish_changes: dict[str, float | str] | None = None  # with these fields changed; see `in_epoch`
     cutmix: float = 0.0  # share of the batches in which a patch of each image comes from another
     style_mixing: float = 0.0  # share of the batches whose cells exchange the statistics of their early features
     focal: float = 0.0  # how much less a sure answer weighs: the exponent of the focal loss (Lin et al. 2017)
@@ -76,6 +77,12 @@ class Recipe:
             raise ValueError("nuclear_stain is a part of augmentation='tuned': choose that")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience is {self.patience}: give one epoch or more, or None")
+        if unknown := set(self.finish_changes or {}) - set(_OF_THE_FINISH):
+            raise ValueError(f"finish_changes has {sorted(unknown)}: a finish can change {_OF_THE_FINISH}")
+        if self.finish_changes:
+            if not self.finish:
+                raise ValueError("finish_changes without a finish: set finish, a share of the epochs")
+            replace(self, finish_changes=None, **self.finish_changes)  # which says what does not fit
         if self.focal and self.class_balance == "weights":
             raise ValueError("focal and class_balance='weights' both weigh the loss: choose one")
         if self.epochs < 1 or self.batch_size < 2 or self.learning_rate <= 0:
@@ -84,6 +91,10 @@ class Recipe:
             )
 
 
+_OF_THE_FINISH = (
+    *("gain", "zoom", "sharpness", "haze", "noise", "exposure", "share", "nuclear_stain"),
+    *("cutmix", "class_balance"),
+)
 _CHOICES = {
     "optimizer": ("sgd", "adamw"),
     "schedule": ("constant", "one-cycle"),
@@ -132,9 +143,10 @@ def fit(
     FloatingPointError
         If the loss is no longer finite.
     """
-    if recipe.nuclear_stain and (train.diffuse is None or not len(train.diffuse)):
+    phases = (recipe, in_epoch(recipe, recipe.epochs))
+    if any(phase.nuclear_stain for phase in phases) and (train.diffuse is None or not len(train.diffuse)):
         raise ValueError("the recipe adds diffuse nuclear stain: give examples that show it, as `diffuse`")
-    if recipe.class_balance == "specimens" and train.specimens is None:
+    if any(phase.class_balance == "specimens" for phase in phases) and train.specimens is None:
         raise ValueError("the recipe draws specimens evenly: give the examples' `specimens`")
     directory.mkdir(parents=True, exist_ok=True)
     if accelerator.device.type == "cpu":
@@ -190,7 +202,6 @@ class _Run:
             for examples in (train, validation)
         )
         self.classes = int(train.labels.max()) + 1
-        self.class_weights = _class_weights(self.train.labels) if recipe.class_balance == "weights" else None
         if recipe.style_mixing:
             if not hasattr(model, "early_layers"):
                 raise ValueError("style_mixing exchanges early features of convolutions: train a CNN or a ResCNN")
@@ -212,11 +223,12 @@ class _Run:
         torch.manual_seed(int(torch.randint(2**31, (), generator=own)))  # for stochastic depth
         self.model.train()
         totals = torch.zeros(3, dtype=torch.float64)  # loss, right, examples
-        batches = _batches(self.train, self.recipe, order)
+        recipe = in_epoch(self.recipe, epoch)
+        batches = _batches(self.train, recipe, order)
         for step, batch in enumerate(batches):
             rate = _learning_rate(self.recipe, epoch + step / len(batches))
             share = batch[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
-            totals += self.step(share, rate, own)
+            totals += self.step(share, recipe, rate, own)
             if not math.isfinite(totals[0]):
                 raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: lower the learning rate")
             bar.update(len(batch))
@@ -224,24 +236,24 @@ class _Run:
         totals = accelerator.reduce(totals.to(accelerator.device, torch.float32))
         self.record(totals, rate, time.perf_counter() - started)
 
-    def step(self, share: Tensor, rate: float, generator: Generator) -> Tensor:
+    def step(self, share: Tensor, recipe: Recipe, rate: float, generator: Generator) -> Tensor:
         """Take one step on the examples at the positions `share`; returns their summed loss, right ones and count."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        changes = self.state["epoch"] >= _beginning(self.recipe)
-        inputs, labels = _augmented(self.train, share, self.recipe, generator, changes)
+        inputs, labels = _augmented(self.train, share, recipe, generator)
         targets = F.one_hot(labels, self.classes).float()
-        if self.recipe.cutmix and torch.rand((), generator=generator) < self.recipe.cutmix:
+        if recipe.cutmix and torch.rand((), generator=generator) < recipe.cutmix:
             inputs, targets = cutmix(inputs, targets, generator)
         logits = self.wrapped(inputs).float()
-        smoothing = self.recipe.label_smoothing
-        loss = F.cross_entropy(logits, targets, weight=self.class_weights, label_smoothing=smoothing)
-        if self.recipe.focal:
-            loss = focal_loss(logits, targets, self.recipe.focal, smoothing)
+        smoothing = recipe.label_smoothing
+        weight = _class_weights(self.train.labels) if recipe.class_balance == "weights" else None
+        loss = F.cross_entropy(logits, targets, weight=weight, label_smoothing=smoothing)
+        if recipe.focal:
+            loss = focal_loss(logits, targets, recipe.focal, smoothing)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
-        if self.recipe.gradient_norm is not None:
-            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.recipe.gradient_norm)
+        if recipe.gradient_norm is not None:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), recipe.gradient_norm)
         self.optimizer.step()
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
@@ -432,18 +444,21 @@ def _beginning(recipe: Recipe) -> int:
     return recipe.epochs - round(recipe.finish * recipe.epochs) if recipe.finish else 0
 
 
-def _augmented(
-    train: Examples, index: Tensor, recipe: Recipe, generator: Generator, changes: bool
-) -> tuple[Tensor, Tensor]:
+def in_epoch(recipe: Recipe, epoch: int) -> Recipe:
+    """Return the recipe as it is in an epoch, counted from 0: in the finish, with its changes."""
+    return replace(recipe, finish_changes=None, **(recipe.finish_changes or {} if epoch >= _beginning(recipe) else {}))
+
+
+def _augmented(train: Examples, index: Tensor, recipe: Recipe, generator: Generator) -> tuple[Tensor, Tensor]:
     # In the paper's recipe example i is cell i % n under rotation i // n, which makes its 57,102 out of 9,517.
     cell, angle = index % len(train.labels), index // len(train.labels)
     inputs, labels = train.inputs[cell], train.labels[cell]
     if recipe.augmentation == "paper":
         inputs = augment_paper(inputs, angle, generator)
     elif recipe.augmentation == "tuned":
-        if changes and recipe.nuclear_stain:
+        if recipe.nuclear_stain:
             inputs = _with_nuclear_stain(inputs, train, recipe.nuclear_stain, generator)
-        inputs = augment(inputs, recipe if changes else replace(recipe, share=0.0), generator)
+        inputs = augment(inputs, recipe, generator)
     return inputs, labels
 
 

@@ -16,7 +16,7 @@ from torch import nn
 import train
 from hep2.patterns import CLASS_NAMES
 from hep2.recipes import ARCHITECTURES, RECIPES
-from hep2.training import Examples, Recipe, _weights_of_specimens, cutmix, fit, focal_loss, write_atomically
+from hep2.training import Examples, Recipe, _weights_of_specimens, cutmix, fit, focal_loss, in_epoch, write_atomically
 
 RECIPE = Recipe(epochs=3, batch_size=8, optimizer="adamw", learning_rate=0.01, augmentation="tuned", ema_decay=0.9)
 STAINED = replace(RECIPE, nuclear_stain=0.5, class_balance="specimens")
@@ -221,12 +221,13 @@ def test_paper_augmentation_shows_each_cell_six_times(phantoms, tmp_path):
 def test_a_finish_changes_images_in_the_last_epochs_alone_at_a_second_rise_of_the_learning_rate(phantoms, tmp_path):
     plain = replace(RECIPE, epochs=4, schedule="one-cycle")
     _, first = run(phantoms, tmp_path / "plain", plain)
-    _, both = run(phantoms, tmp_path / "both", replace(plain, epochs=6, noise=0.5, finish=1 / 3))
+    longer = replace(plain, epochs=6, finish=1 / 3)
+    _, both = run(phantoms, tmp_path / "both", replace(longer, finish_changes={"noise": 0.5}))
     # What came before the finish is a run without one, to the last digit.
     assert [record["train_loss"] for record in both[:4]] == [record["train_loss"] for record in first]
     rates = [record["learning_rate"] for record in both]
     assert rates[3] < rates[4] < rates[0]
-    _, other = run(phantoms, tmp_path / "other", replace(plain, epochs=6, finish=1 / 3))
+    _, other = run(phantoms, tmp_path / "other", longer)
     assert other[3]["train_loss"] == both[3]["train_loss"]
     assert other[4]["train_loss"] != both[4]["train_loss"]
 
@@ -261,6 +262,8 @@ def test_recipes_name_every_model_and_the_paper_recipe_is_the_sources():
         {"learning_rate": 0.0},
         {"share": 1.5},
         {"finish": -0.1},
+        {"finish_changes": {"share": 0.5}},
+        {"finish_changes": {"epochs": 3}, "finish": 0.5},
         {"focal": 2.0, "class_balance": "weights"},
         {"augmentation": "paper", "class_balance": "sampling"},
         {"specimen_supervision": True, "class_balance": "specimens"},
@@ -275,7 +278,11 @@ def test_recipe_refuses_values_that_do_not_fit(change):
 
 @pytest.mark.parametrize(
     "recipe, missing",
-    [(replace(RECIPE, nuclear_stain=0.5), "`diffuse`"), (replace(RECIPE, class_balance="specimens"), "`specimens`")],
+    [
+        (replace(RECIPE, nuclear_stain=0.5), "`diffuse`"),
+        (replace(RECIPE, finish=0.5, finish_changes={"nuclear_stain": 0.5}), "`diffuse`"),
+        (replace(RECIPE, class_balance="specimens"), "`specimens`"),
+    ],
 )
 def test_fit_says_which_part_of_the_examples_is_missing(recipe, missing, phantoms, tmp_path):
     part = examples(phantoms, 0, 2)._replace(diffuse=None, specimens=None)
@@ -288,12 +295,19 @@ def test_drawn_evenly_classes_weigh_the_same_and_so_do_the_specimens_of_a_class(
     torch.testing.assert_close(weights, torch.tensor([0.25, 0.25, 0.5, 1.0], dtype=torch.float64))
 
 
-def test_nuclear_stain_comes_with_the_finish(phantoms, tmp_path):
+@pytest.mark.parametrize("changes", [{"nuclear_stain": 1.0}, {"class_balance": "specimens"}])
+def test_stain_and_balance_can_come_with_the_finish(changes, phantoms, tmp_path):
     plain = replace(RECIPE, epochs=3, finish=1 / 3)
     _, without = run(phantoms, tmp_path / "without", plain)
-    _, stained = run(phantoms, tmp_path / "with", replace(plain, nuclear_stain=1.0))
-    same = [one["train_loss"] == other["train_loss"] for one, other in zip(without, stained, strict=True)]
+    _, changed = run(phantoms, tmp_path / "with", replace(plain, finish_changes=changes))
+    same = [one["train_loss"] == other["train_loss"] for one, other in zip(without, changed, strict=True)]
     assert same == [True, True, False]
+
+
+def test_the_finish_changes_its_fields_and_leaves_the_others():
+    recipe = replace(RECIPE, epochs=5, noise=0.2, share=0.5, finish=0.4, finish_changes={"share": 1.0})
+    assert [in_epoch(recipe, epoch).share for epoch in range(5)] == [0.5, 0.5, 0.5, 1.0, 1.0]
+    assert {in_epoch(recipe, epoch).noise for epoch in range(5)} == {0.2}
 
 
 def test_cutmix_mixes_targets_by_area():
