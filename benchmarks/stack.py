@@ -3,10 +3,10 @@
     python train.py --dataset … --seed 1 --output runs/seed-1        # and others: a split seed each
     python -m benchmarks.stack --dataset … runs/tuned runs/seed-1 …
 
-What is fitted is fitted on the validation cells of each run's own split, as `train.py` fits the stack; what is printed
-is measured on its test cells, mean ± standard deviation over the runs. Nothing is chosen here: all ways are listed. The
-best single model is the one that is best on validation. "Eight views" are means over a cell's quarter turns and their
-mirror images, for eight times the work.
+What is fitted is fitted on all validation cells of each run's own split (`train.py` keeps a fifth of them aside to
+watch the fit); what is printed is measured on its test cells, mean ± standard deviation over the runs. Nothing is
+chosen here: all ways are listed. The best single model is the one that is best on validation. "Eight views" are means
+over a cell's quarter turns and their mirror images, for eight times the work.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from hep2.data import Cells, load_cells, split
 from hep2.evaluation import fit_temperature, metrics
 from hep2.models import FullPrecisionLinear, probabilities
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES
+from hep2.pipeline import check_unseen
 from hep2.reader import predict
 from hep2.recipes import RECIPES
 from hep2.training import Examples, fit, predict_logits
@@ -56,6 +57,7 @@ def verdicts_of(weights: Weights, cells: Cells) -> dict[str, tuple[float, ...]]:
     """Measure all ways on the test cells of the split that the models were trained by."""
     trained = weights.configs["cnn"]["training"]
     parts = split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0)
+    check_unseen(weights, cells, parts.test)
     labels, test_labels = cells.labels[parts.validation], cells.labels[parts.test].numpy()
     known = predict(weights, cells.images[parts.validation]).probabilities
     views = [predict(weights, view).probabilities for view in eight_views(cells.images[parts.test])]
