@@ -33,6 +33,17 @@ EPOCHS = 10
 PLAIN = {"specimen_supervision": False, "epochs": EPOCHS}  # what is on trial here is added to these changes
 ROBUST = asdict(RECIPES["robust"]["cnn"])
 SPOILT = {name: ROBUST[name] for name in ("haze", "noise", "zoom", "sharpness")}
+MILDER = {
+    "finish_changes": {
+        "class_balance": "none",
+        "nuclear_stain": 0.15,
+        "share": 0.4,
+        "zoom": 0.25,
+        "sharpness": 1.0,
+        "haze": 0.4,
+        "exposure": 0.6,
+    }
+}
 EXPERIMENTS = {
     "plain": {},
     "classes and specimens drawn evenly": {"class_balance": "specimens"},
@@ -46,9 +57,13 @@ EXPERIMENTS = {
     "haze, noise, scale and focus": SPOILT,
     "haze, noise, scale, focus and nuclear stain": {"nuclear_stain": ROBUST["nuclear_stain"], **SPOILT},
     "the same, drawn evenly (the recipe robust)": ROBUST | PLAIN,
+    "the recipe robust, thirty epochs": ROBUST | PLAIN | {"epochs": 30},
+    "robust, then cells as they come, sixty epochs": ROBUST | PLAIN | {"epochs": 60, "finish": 0.4} | MILDER,
     "MixStyle": {"style_mixing": 0.5},
     "CutMix": {"cutmix": 0.5},
     "specimens told apart in training": {"specimen_supervision": True},
+    "no average of the weights": {"ema_decay": None},
+    "no label smoothing": {"label_smoothing": 0.0},
     "plain, eight views averaged at test": {},
 }
 VIEWS = {"plain, eight views averaged at test": "plain"}  # no training of its own: the other's model, asked eight times
