@@ -21,9 +21,9 @@ from accelerate import Accelerator
 
 from hep2.data import Cells, blocks_of, load_cells, specimen_blocks, split, unique_cells
 from hep2.evaluation import metrics
-from hep2.models import SpecimenSupervision, build_model, probabilities
+from hep2.models import build_model, probabilities
 from hep2.patterns import DEFAULT_DATASET
-from hep2.pipeline import examples_of, specimens_of
+from hep2.pipeline import examples_of, to_train
 from hep2.recipes import RECIPES
 from hep2.specimens import read_blocks
 from hep2.training import Recipe, fit, predict_logits
@@ -101,12 +101,8 @@ def run(
     """
     train, kept_away = development_split(cells, fold)
     torch.manual_seed(0)
-    model = fitted = build_model(name)
-    labels = cells.labels[train]
-    specimens, class_of_specimen = specimens_of(cells, train)
-    if recipe.specimen_supervision:
-        fitted, labels = SpecimenSupervision(model, class_of_specimen), specimens
-    known = examples_of(cells, train)._replace(labels=labels, specimens=specimens)
+    model = build_model(name)
+    fitted, known = to_train(model, cells, train, recipe)
     measured = examples_of(cells, kept_away)
     fit(fitted, known, measured, recipe, directory=folder, seed=0, accelerator=accelerator)
     model, seen = model.cpu(), eight_views(measured.inputs)[:views]

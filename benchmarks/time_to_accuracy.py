@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from hep2.data import load_cells, split
 from hep2.models import build_model
 from hep2.patterns import DEFAULT_DATASET
+from hep2.pipeline import examples_of
 from hep2.recipes import RECIPES
-from hep2.training import Examples, fit
+from hep2.training import fit
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     cells = load_cells(arguments.dataset)
     parts = split(cells, "clean", arguments.seed)
-    train, validation = (Examples(cells.images[part], cells.labels[part]) for part in (parts.train, parts.validation))
+    train, validation = (examples_of(cells, part) for part in (parts.train, parts.validation))
     recipe = replace(RECIPES["sharp"]["cnn"], epochs=arguments.epochs, specimen_supervision=False)
     torch.manual_seed(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:

@@ -83,13 +83,9 @@ def train_models(
             continue
         settings = replace(RECIPES[recipe][name], **(changes or {}))
         torch.manual_seed(seed)
-        fitted = model = build_model(name, ARCHITECTURES[recipe][name])
-        specimens, class_of_specimen = specimens_of(cells, parts.train)
-        train = examples_of(cells, parts.train)._replace(specimens=specimens)
+        model = build_model(name, ARCHITECTURES[recipe][name])
+        fitted, train = to_train(model, cells, parts.train, settings)
         validation = examples_of(cells, parts.validation)
-        if settings.specimen_supervision:
-            train = train._replace(labels=specimens)
-            fitted = SpecimenSupervision(model, class_of_specimen)
         history = fit(
             fitted,
             train,
@@ -105,6 +101,17 @@ def train_models(
             temperature = fit_temperature(logits, validation.labels)
             _save(output, name, model, settings, origin, history, temperature, accelerator)
         accelerator.wait_for_everyone()
+
+
+def to_train(
+    model: torch.nn.Module, cells: Cells, positions: np.ndarray, recipe: Recipe
+) -> tuple[torch.nn.Module, Examples]:
+    """Return what to fit so that `model` is trained by a recipe on the cells at some positions, and the examples."""
+    specimens, class_of_specimen = specimens_of(cells, positions)
+    examples = examples_of(cells, positions)._replace(specimens=specimens)
+    if not recipe.specimen_supervision:
+        return model, examples
+    return SpecimenSupervision(model, class_of_specimen), examples._replace(labels=specimens)
 
 
 def specimens_of(cells: Cells, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,6 +214,10 @@ def _save(
         "versions": versions,
         "seconds": round(sum(record["seconds"] for record in history)),
     }
+    if (output / name / "config.json").exists():
+        known = read_json(output / name / "config.json")["training"]
+        # A run that had ended says what it was trained with, not what found it so.
+        training["versions"] = known["versions"] if known | {"versions": versions} == training else versions
     save_model(output, name, model, training=training, temperature=temperature, metrics=last)
     curves = draw_curves(history, MODEL_TITLES[name], train_label(training))
     save_figure(curves, output / name / "curves.png")

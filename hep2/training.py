@@ -440,8 +440,8 @@ def _batches(train: Examples, recipe: Recipe, generator: Generator) -> tuple[Ten
 
 
 def _beginning(recipe: Recipe) -> int:
-    """Return the number of epochs before the finish: none where there is no finish."""
-    return recipe.epochs - round(recipe.finish * recipe.epochs) if recipe.finish else 0
+    """Return the number of epochs before the finish, which has one at least: none where there is no finish."""
+    return recipe.epochs - max(1, round(recipe.finish * recipe.epochs)) if recipe.finish else 0
 
 
 def in_epoch(recipe: Recipe, epoch: int) -> Recipe:

@@ -308,6 +308,8 @@ def test_the_finish_changes_its_fields_and_leaves_the_others():
     recipe = replace(RECIPE, epochs=5, noise=0.2, share=0.5, finish=0.4, finish_changes={"share": 1.0})
     assert [in_epoch(recipe, epoch).share for epoch in range(5)] == [0.5, 0.5, 0.5, 1.0, 1.0]
     assert {in_epoch(recipe, epoch).noise for epoch in range(5)} == {0.2}
+    # However few the epochs, the last belongs to the finish.
+    assert in_epoch(replace(recipe, epochs=1), 0).share == 1.0
 
 
 def test_cutmix_mixes_targets_by_area():
@@ -349,6 +351,13 @@ def test_train_killed_at_any_moment_ends_with_the_same_weights(tmp_path):
     assert train.main(train_command(tmp_path / "whole", "--epochs", "4")[1:]) == 0
     killed, never = (tmp_path / d / "cnn" / "model.safetensors" for d in ("killed", "whole"))
     assert killed.read_bytes() == never.read_bytes()
+    # Found finished by another version, the run still names that which trained it.
+    path = tmp_path / "whole" / "cnn" / "config.json"
+    config = json.loads(path.read_text())
+    config["training"]["versions"]["torch"] = "2.8.0"
+    path.write_text(json.dumps(config))
+    assert train.main(train_command(tmp_path / "whole", "--epochs", "4")[1:]) == 0
+    assert json.loads(path.read_text())["training"]["versions"]["torch"] == "2.8.0"
 
 
 def test_train_runs_on_two_processes(tmp_path):
