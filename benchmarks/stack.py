@@ -20,11 +20,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks.experiments import eight_views
-from hep2.data import Cells, load_cells, split
+from hep2.data import Cells, load_cells
 from hep2.evaluation import fit_temperature, metrics
 from hep2.models import FullPrecisionLinear, probabilities
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES
-from hep2.pipeline import check_unseen
+from hep2.pipeline import own_split
 from hep2.reader import predict
 from hep2.recipes import RECIPES
 from hep2.training import Examples, fit, predict_logits
@@ -55,9 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def verdicts_of(weights: Weights, cells: Cells) -> dict[str, tuple[float, ...]]:
     """Measure all ways on the test cells of the split that the models were trained by."""
-    trained = weights.configs["cnn"]["training"]
-    parts = split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0)
-    check_unseen(weights, cells, parts.test)
+    parts, seed = own_split(weights, cells), weights.configs["cnn"]["training"]["seed"]
     labels, test_labels = cells.labels[parts.validation], cells.labels[parts.test].numpy()
     known = predict(weights, cells.images[parts.validation]).probabilities
     views = [predict(weights, view).probabilities for view in eight_views(cells.images[parts.test])]
@@ -68,7 +66,7 @@ def verdicts_of(weights: Weights, cells: Cells) -> dict[str, tuple[float, ...]]:
     for names in (SOURCES, SINGLE):
         titles = ", ".join(MODEL_TITLES[name] for name in names)
         answers[f"mean of {titles}"] = np.mean([new[name] for name in names], axis=0)
-        stack = fit_stack(_beside(known, names), labels, trained["seed"])
+        stack = fit_stack(_beside(known, names), labels, seed)
         temperature = fit_temperature(predict_logits(stack, _beside(known, names)), labels)
         logits = predict_logits(stack, _beside(new, names))
         answers[f"linear layer, {6 * len(names)} to 6, on {titles}"] = probabilities(logits, temperature).numpy()

@@ -178,7 +178,7 @@ class ViT(nn.Module):
         self.head = nn.Linear(config.width, CLASSES)
 
     def extra_repr(self) -> str:
-        return f"pooling={self.config.pooling!r}"  # of the config, what no layer shows
+        return f"heads={self.config.heads}, pooling={self.config.pooling!r}"  # of the config, what no layer shows
 
     def forward_features(self, images: Tensor) -> Tensor:
         patches = self.patches(self.stem(images))  # (batch, 169, width)

@@ -214,10 +214,6 @@ def _save(
         "versions": versions,
         "seconds": round(sum(record["seconds"] for record in history)),
     }
-    if (output / name / "config.json").exists():
-        known = read_json(output / name / "config.json")["training"]
-        # A run that had ended says what it was trained with, not what found it so.
-        training["versions"] = known["versions"] if known | {"versions": versions} == training else versions
     save_model(output, name, model, training=training, temperature=temperature, metrics=last)
     curves = draw_curves(history, MODEL_TITLES[name], train_label(training))
     save_figure(curves, output / name / "curves.png")
@@ -280,7 +276,7 @@ def evaluate_weights(
 
 def stress_weights(weights: Weights, cells: Cells, dataset: str | Path) -> dict:
     """Measure weights on spoilt cells of the test part of their own split, and on images that are no cells."""
-    test, trained = _own_test(weights, cells), _trained(weights)
+    test, trained = own_split(weights, cells).test, _trained(weights)
     wanted = {cells.names[position]: int(cells.labels[position]) for position in test}
     published = [file for file in dataset_files(dataset) if file.name in wanted]
     images = [read_intensity(file.image)[0] for file in published]
@@ -295,8 +291,14 @@ def stress_weights(weights: Weights, cells: Cells, dataset: str | Path) -> dict:
     }
 
 
-def _own_test(weights: Weights, cells: Cells) -> np.ndarray:
-    """Return the positions of the test part of the split that the weights were trained by, or raise ValueError."""
+def own_split(weights: Weights, cells: Cells) -> Split:
+    """Return the split that the weights were trained by.
+
+    Raises
+    ------
+    ValueError
+        If they were trained on other cells than these, or have seen a cell of its test part.
+    """
     trained = _trained(weights)
     if trained["dataset_fingerprint"] != cells.fingerprint:
         raise ValueError(
@@ -304,9 +306,9 @@ def _own_test(weights: Weights, cells: Cells) -> np.ndarray:
             f"which cells of {cells.source} (fingerprint {cells.fingerprint}) they have not seen cannot be told: "
             "give the whole of that dataset"
         )
-    test = split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0).test
-    check_unseen(weights, cells, test)
-    return test
+    parts = split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0)
+    check_unseen(weights, cells, parts.test)
+    return parts
 
 
 def _trained(weights: Weights) -> dict:
@@ -321,7 +323,7 @@ def held_out_examples(
 
     The names are those of the published files, as PNG.
     """
-    test, random = _own_test(weights, cells), np.random.default_rng(_trained(weights)["seed"])
+    test, random = own_split(weights, cells).test, np.random.default_rng(_trained(weights)["seed"])
     chosen = [
         random.permutation(test[cells.labels.numpy()[test] == label])[:per_class] for label in range(len(CLASS_NAMES))
     ]

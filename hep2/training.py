@@ -51,8 +51,8 @@ class Recipe:
     exposure: float = 0.0  # and for light that is too bright,
     share: float = 1.0  # in this share of the images
     nuclear_stain: float = 0.0  # in this share of the images, for diffuse stain of another nucleus
-    finish: float = 0.0  # share of the epochs, the last, that are a cycle of their own at half the learning rate,
-    finish_changes: dict[str, float | str] | None = None  # with these fields changed; see `in_epoch`
+    finish: float = 0.0  # share of the epochs, the last, with a cycle of their own at half the learning rate,
+    finish_changes: dict[str, float | str] | None = None  # and with these fields changed; see `in_epoch`
     cutmix: float = 0.0  # share of the batches in which a patch of each image comes from another
     style_mixing: float = 0.0  # share of the batches whose cells exchange the statistics of their early features
     focal: float = 0.0  # how much less a sure answer weighs: the exponent of the focal loss (Lin et al. 2017)
@@ -77,11 +77,13 @@ class Recipe:
             raise ValueError("nuclear_stain is a part of augmentation='tuned': choose that")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience is {self.patience}: give one epoch or more, or None")
-        if unknown := set(self.finish_changes or {}) - set(_OF_THE_FINISH):
-            raise ValueError(f"finish_changes has {sorted(unknown)}: a finish can change {_OF_THE_FINISH}")
-        if self.finish_changes:
-            if not self.finish:
-                raise ValueError("finish_changes without a finish: set finish, a share of the epochs")
+        if self.style_mixing and self.specimen_supervision:
+            raise ValueError("style_mixing with specimen_supervision is not made: choose one")
+        if self.finish_changes is not None:
+            if unknown := set(self.finish_changes) - set(_OF_THE_FINISH):
+                raise ValueError(f"finish_changes has {sorted(unknown)}: a finish can change {_OF_THE_FINISH}")
+            if not self.finish or not self.finish_changes:
+                raise ValueError("finish_changes needs a finish, a share of the epochs, and one change or more")
             replace(self, finish_changes=None, **self.finish_changes)  # which says what does not fit
         if self.focal and self.class_balance == "weights":
             raise ValueError("focal and class_balance='weights' both weigh the loss: choose one")
@@ -91,10 +93,8 @@ class Recipe:
             )
 
 
-_OF_THE_FINISH = (
-    *("gain", "zoom", "sharpness", "haze", "noise", "exposure", "share", "nuclear_stain"),
-    *("cutmix", "class_balance"),
-)
+_OF_THE_AUGMENTATION = ("gain", "zoom", "sharpness", "haze", "noise", "exposure", "share")
+_OF_THE_FINISH = (*_OF_THE_AUGMENTATION, "nuclear_stain", "cutmix", "class_balance")  # all that is read every epoch
 _CHOICES = {
     "optimizer": ("sgd", "adamw"),
     "schedule": ("constant", "one-cycle"),
@@ -139,15 +139,17 @@ def fit(
     ------
     ValueError
         If `directory` holds a checkpoint of another recipe, seed, model or dataset, or if the recipe needs parts of
-        the examples that are not given.
+        the examples, or of the model, that are not given.
     FloatingPointError
         If the loss is no longer finite.
     """
-    phases = (recipe, in_epoch(recipe, recipe.epochs))
+    phases = _phases(recipe)
     if any(phase.nuclear_stain for phase in phases) and (train.diffuse is None or not len(train.diffuse)):
         raise ValueError("the recipe adds diffuse nuclear stain: give examples that show it, as `diffuse`")
     if any(phase.class_balance == "specimens" for phase in phases) and train.specimens is None:
         raise ValueError("the recipe draws specimens evenly: give the examples' `specimens`")
+    if recipe.style_mixing and not hasattr(model, "early_layers"):
+        raise ValueError("the recipe mixes the styles of early features: give a model that has `early_layers`")
     directory.mkdir(parents=True, exist_ok=True)
     if accelerator.device.type == "cpu":
         _keep_memory()
@@ -203,8 +205,6 @@ class _Run:
         )
         self.classes = int(train.labels.max()) + 1
         if recipe.style_mixing:
-            if not hasattr(model, "early_layers"):
-                raise ValueError("style_mixing exchanges early features of convolutions: train a CNN or a ResCNN")
             for layer in model.early_layers():
                 layer.register_forward_hook(partial(mix_style, share=recipe.style_mixing))
         self.averaged = None
@@ -224,11 +224,12 @@ class _Run:
         self.model.train()
         totals = torch.zeros(3, dtype=torch.float64)  # loss, right, examples
         recipe = in_epoch(self.recipe, epoch)
+        class_weights = _class_weights(self.train.labels) if recipe.class_balance == "weights" else None
         batches = _batches(self.train, recipe, order)
         for step, batch in enumerate(batches):
             rate = _learning_rate(self.recipe, epoch + step / len(batches))
             share = batch[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
-            totals += self.step(share, recipe, rate, own)
+            totals += self.step(share, recipe, class_weights, rate, own)
             if not math.isfinite(totals[0]):
                 raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: lower the learning rate")
             bar.update(len(batch))
@@ -236,7 +237,9 @@ class _Run:
         totals = accelerator.reduce(totals.to(accelerator.device, torch.float32))
         self.record(totals, rate, time.perf_counter() - started)
 
-    def step(self, share: Tensor, recipe: Recipe, rate: float, generator: Generator) -> Tensor:
+    def step(
+        self, share: Tensor, recipe: Recipe, class_weights: Tensor | None, rate: float, generator: Generator
+    ) -> Tensor:
         """Take one step on the examples at the positions `share`; returns their summed loss, right ones and count."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -246,8 +249,7 @@ class _Run:
             inputs, targets = cutmix(inputs, targets, generator)
         logits = self.wrapped(inputs).float()
         smoothing = recipe.label_smoothing
-        weight = _class_weights(self.train.labels) if recipe.class_balance == "weights" else None
-        loss = F.cross_entropy(logits, targets, weight=weight, label_smoothing=smoothing)
+        loss = F.cross_entropy(logits, targets, weight=class_weights, label_smoothing=smoothing)
         if recipe.focal:
             loss = focal_loss(logits, targets, recipe.focal, smoothing)
         self.optimizer.zero_grad()
@@ -344,16 +346,20 @@ def _identity(
         "recipe": {key: value for key, value in changed.items() if key not in same_path},
         "seed": seed,
         "model": repr(model),
-        "examples": computed_from or [_content(train), _content(validation)],
+        "examples": computed_from or [_content(train, recipe), _content(validation, recipe)],
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }
 
 
-def _content(examples: Examples) -> str:
-    digest = hashlib.sha256()
-    for part in examples:
-        digest.update(b"none" if part is None else part.contiguous().numpy())
+def _content(examples: Examples, recipe: Recipe) -> str:
+    digest = hashlib.sha256(examples.inputs.contiguous().numpy())
+    digest.update(examples.labels.contiguous().numpy())
+    # What a recipe does not read decides none of its steps.
+    if any(phase.class_balance == "specimens" for phase in _phases(recipe)) and examples.specimens is not None:
+        digest.update(b"specimens" + examples.specimens.contiguous().numpy().tobytes())
+    if any(phase.nuclear_stain for phase in _phases(recipe)) and examples.diffuse is not None:
+        digest.update(b"diffuse" + examples.diffuse.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -440,13 +446,19 @@ def _batches(train: Examples, recipe: Recipe, generator: Generator) -> tuple[Ten
 
 
 def _beginning(recipe: Recipe) -> int:
-    """Return the number of epochs before the finish, which has one at least: none where there is no finish."""
-    return recipe.epochs - max(1, round(recipe.finish * recipe.epochs)) if recipe.finish else 0
+    """Return the number of epochs before the finish, which has one at least: all of them where there is no finish."""
+    return recipe.epochs - (max(1, round(recipe.finish * recipe.epochs)) if recipe.finish else 0)
+
+
+def _phases(recipe: Recipe) -> tuple[Recipe, Recipe]:
+    """Return the recipe as it is in the first epoch and in the last."""
+    return in_epoch(recipe, 0), in_epoch(recipe, recipe.epochs - 1)
 
 
 def in_epoch(recipe: Recipe, epoch: int) -> Recipe:
     """Return the recipe as it is in an epoch, counted from 0: in the finish, with its changes."""
-    return replace(recipe, finish_changes=None, **(recipe.finish_changes or {} if epoch >= _beginning(recipe) else {}))
+    changes = recipe.finish_changes if epoch >= _beginning(recipe) else None
+    return replace(recipe, finish_changes=None, **(changes or {}))
 
 
 def _augmented(train: Examples, index: Tensor, recipe: Recipe, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -472,8 +484,7 @@ def _with_nuclear_stain(inputs: Tensor, train: Examples, share: float, generator
 
 def augment(images: Tensor, recipe: Recipe, generator: Generator) -> Tensor:
     """Change images (batch, 1, 78, 78) as a recipe with the tuned augmentation says, but for the nuclear stain."""
-    names = ("gain", "zoom", "sharpness", "haze", "noise", "exposure", "share")
-    return augment_tuned(images, generator, **{name: getattr(recipe, name) for name in names})
+    return augment_tuned(images, generator, **{name: getattr(recipe, name) for name in _OF_THE_AUGMENTATION})
 
 
 def _class_weights(labels: Tensor) -> Tensor:
@@ -506,7 +517,7 @@ def _learning_rate(recipe: Recipe, epochs: float) -> float:
     """Return the learning rate after so many `epochs`, whole and broken ones."""
     if recipe.schedule == "constant":
         return recipe.learning_rate
-    start, highest, length = 0, recipe.learning_rate, _beginning(recipe) or recipe.epochs
+    start, highest, length = 0, recipe.learning_rate, _beginning(recipe)
     if epochs >= length:
         # The second cycle bends what the first has learned; at the full rate it would learn it anew.
         start, highest, length = length, recipe.learning_rate / 2, recipe.epochs - length

@@ -64,6 +64,24 @@ def test_vit_config_takes_every_divisor_of_78(patch_size):
     assert ViTConfig(patch_size=patch_size, stem_widths=()).patch_size == patch_size
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"patch_size": 26},
+        {"stem_widths": (16, 48)},
+        {"width": 64},
+        {"depth": 2},
+        {"heads": 8},
+        {"mlp_ratio": 4.0},
+        {"stochastic_depth": 0.2},
+        {"pooling": "class token"},
+    ],
+)
+def test_a_vit_of_another_shape_shows_it(change):
+    # A run that goes on compares what its model prints.
+    assert repr(build_model("vit", change)) != repr(build_model("vit"))
+
+
 @pytest.mark.parametrize("patch_size", [0, -6, 4, 7, 16, 79])
 def test_vit_config_refuses_a_patch_size_that_does_not_divide_78(patch_size):
     with pytest.raises(ValueError, match=r"does not divide 78: choose one of \[1, 2, 3, 6, 13, 26, 39, 78\]"):

@@ -16,7 +16,17 @@ from torch import nn
 import train
 from hep2.patterns import CLASS_NAMES
 from hep2.recipes import ARCHITECTURES, RECIPES
-from hep2.training import Examples, Recipe, _weights_of_specimens, cutmix, fit, focal_loss, in_epoch, write_atomically
+from hep2.training import (
+    Examples,
+    Recipe,
+    _learning_rate,
+    _weights_of_specimens,
+    cutmix,
+    fit,
+    focal_loss,
+    in_epoch,
+    write_atomically,
+)
 
 RECIPE = Recipe(epochs=3, batch_size=8, optimizer="adamw", learning_rate=0.01, augmentation="tuned", ema_decay=0.9)
 STAINED = replace(RECIPE, nuclear_stain=0.5, class_balance="specimens")
@@ -146,7 +156,7 @@ def test_fit_refuses_style_mixing_where_there_are_no_convolutions(tmp_path):
     examples = Examples(torch.rand(24, 12), torch.arange(24) % 6)
     options = {"directory": tmp_path, "seed": 0, "accelerator": Accelerator(), "progress": False}
     recipe = replace(RECIPE, augmentation="none", style_mixing=0.5)
-    with pytest.raises(ValueError, match="train a CNN or a ResCNN"):
+    with pytest.raises(ValueError, match="`early_layers`"):
         fit(nn.Sequential(nn.Linear(12, 6)), examples, examples, recipe, **options)
 
 
@@ -267,6 +277,8 @@ def test_recipes_name_every_model_and_the_paper_recipe_is_the_sources():
         {"focal": 2.0, "class_balance": "weights"},
         {"augmentation": "paper", "class_balance": "sampling"},
         {"specimen_supervision": True, "class_balance": "specimens"},
+        {"style_mixing": 0.5, "specimen_supervision": True},
+        {"finish_changes": {}, "finish": 0.5},
         {"nuclear_stain": 0.5, "augmentation": "none"},
         {"patience": 0},
     ],
@@ -312,6 +324,23 @@ def test_the_finish_changes_its_fields_and_leaves_the_others():
     assert in_epoch(replace(recipe, epochs=1), 0).share == 1.0
 
 
+@pytest.mark.parametrize("changes", [{"epochs": 1}, {"finish": 1.0}])
+def test_a_finish_that_is_all_of_the_run_has_half_the_learning_rate(changes):
+    recipe = replace(RECIPE, epochs=4, schedule="one-cycle", finish=0.5)
+    recipe = replace(recipe, **changes)
+    rates = [_learning_rate(recipe, recipe.epochs * step / 100) for step in range(100)]
+    assert max(rates) == pytest.approx(recipe.learning_rate / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("model", ["cnn", "rescnn", "vit"])
+def test_the_recipe_of_the_weights_that_ship_is_sharp_and_then_a_finish(model):
+    sharp, tuned = RECIPES["sharp"][model], RECIPES["tuned"][model]
+    for epoch in range(60):
+        assert replace(in_epoch(tuned, epoch), epochs=60, finish=0.0) == sharp
+        assert _learning_rate(tuned, epoch + 0.3) == _learning_rate(sharp, epoch + 0.3)
+    assert {in_epoch(tuned, epoch).share for epoch in range(60, 105)} == {0.3}
+
+
 def test_cutmix_mixes_targets_by_area():
     images = torch.stack([torch.full((1, 20, 20), float(i)) for i in range(4)])
     mixed, targets = cutmix(images, torch.eye(4), torch.Generator().manual_seed(3))
@@ -351,13 +380,6 @@ def test_train_killed_at_any_moment_ends_with_the_same_weights(tmp_path):
     assert train.main(train_command(tmp_path / "whole", "--epochs", "4")[1:]) == 0
     killed, never = (tmp_path / d / "cnn" / "model.safetensors" for d in ("killed", "whole"))
     assert killed.read_bytes() == never.read_bytes()
-    # Found finished by another version, the run still names that which trained it.
-    path = tmp_path / "whole" / "cnn" / "config.json"
-    config = json.loads(path.read_text())
-    config["training"]["versions"]["torch"] = "2.8.0"
-    path.write_text(json.dumps(config))
-    assert train.main(train_command(tmp_path / "whole", "--epochs", "4")[1:]) == 0
-    assert json.loads(path.read_text())["training"]["versions"]["torch"] == "2.8.0"
 
 
 def test_train_runs_on_two_processes(tmp_path):
