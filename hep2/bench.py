@@ -208,7 +208,7 @@ def measure_training(names: tuple[str, ...] = ("cnn", "rescnn", "vit"), batches:
         examples, model = examples_of(cells, np.arange(len(cells))), build_model(name)
         work = 3 * multiply_adds(model.eval(), cells.images[:1])
         with tempfile.TemporaryDirectory() as folder:
-            few = examples_of(cells, np.arange(recipe.batch_size))
+            few = examples_of(cells, np.arange(len(cells))[: recipe.batch_size])
             history = fit(
                 model, examples, few, recipe, directory=Path(folder), seed=0, accelerator=accelerator, progress=False
             )
