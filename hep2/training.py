@@ -143,10 +143,10 @@ def fit(
     FloatingPointError
         If the loss is no longer finite.
     """
-    phases = _phases(recipe)
-    if any(phase.nuclear_stain for phase in phases) and (train.diffuse is None or not len(train.diffuse)):
+    needed = _parts_needed(recipe)
+    if "diffuse" in needed and (train.diffuse is None or not len(train.diffuse)):
         raise ValueError("the recipe adds diffuse nuclear stain: give examples that show it, as `diffuse`")
-    if any(phase.class_balance == "specimens" for phase in phases) and train.specimens is None:
+    if "specimens" in needed and train.specimens is None:
         raise ValueError("the recipe draws specimens evenly: give the examples' `specimens`")
     if recipe.style_mixing and not hasattr(model, "early_layers"):
         raise ValueError("the recipe mixes the styles of early features: give a model that has `early_layers`")
@@ -356,10 +356,9 @@ def _content(examples: Examples, recipe: Recipe) -> str:
     digest = hashlib.sha256(examples.inputs.contiguous().numpy())
     digest.update(examples.labels.contiguous().numpy())
     # What a recipe does not read decides none of its steps.
-    if any(phase.class_balance == "specimens" for phase in _phases(recipe)) and examples.specimens is not None:
-        digest.update(b"specimens" + examples.specimens.contiguous().numpy().tobytes())
-    if any(phase.nuclear_stain for phase in _phases(recipe)) and examples.diffuse is not None:
-        digest.update(b"diffuse" + examples.diffuse.contiguous().numpy().tobytes())
+    for name in _parts_needed(recipe):
+        if (part := getattr(examples, name)) is not None:  # validation may lack it
+            digest.update(name.encode() + part.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -450,9 +449,14 @@ def _beginning(recipe: Recipe) -> int:
     return recipe.epochs - (max(1, round(recipe.finish * recipe.epochs)) if recipe.finish else 0)
 
 
-def _phases(recipe: Recipe) -> tuple[Recipe, Recipe]:
-    """Return the recipe as it is in the first epoch and in the last."""
-    return in_epoch(recipe, 0), in_epoch(recipe, recipe.epochs - 1)
+def _parts_needed(recipe: Recipe) -> list[str]:
+    """Return which parts of the train examples a recipe reads besides inputs and labels, in its finish or before."""
+    phases = in_epoch(recipe, 0), in_epoch(recipe, recipe.epochs - 1)
+    needed = {
+        "specimens": any(phase.class_balance == "specimens" for phase in phases),
+        "diffuse": any(phase.nuclear_stain for phase in phases),
+    }
+    return [name for name, read in needed.items() if read]
 
 
 def in_epoch(recipe: Recipe, epoch: int) -> Recipe:
