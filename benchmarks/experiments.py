@@ -76,14 +76,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dataset", default=DEFAULT_DATASET)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--model", choices=("cnn", "rescnn", "vit"), default="cnn")
-    parser.add_argument("--only", nargs="+", choices=tuple(EXPERIMENTS), default=tuple(EXPERIMENTS), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=tuple(EXPERIMENTS), metavar="NAME", help="default: what fits")
     parser.add_argument("--folds", nargs="+", choices=(*FOLDS, "random"), default=FOLDS)
     arguments = parser.parse_args(argv)
+    # A ViT has no early layers whose styles could be mixed.
+    unfit = {name for name, changes in EXPERIMENTS.items() if arguments.model == "vit" and "style_mixing" in changes}
+    if chosen := unfit & set(arguments.only or ()):
+        parser.error(f"argument --only: {', '.join(chosen)} is not for the ViT")
     accelerator = Accelerator(mixed_precision="bf16")
     cells = load_cells(arguments.dataset)
     print("| change | fold | accuracy | mean class accuracy | cross-entropy | specimens right |")
     print("|---|---|---|---|---|---|")
-    for name in arguments.only:
+    for name in arguments.only or (name for name in EXPERIMENTS if name not in unfit):
         recipe = replace(RECIPES["sharp"][arguments.model], **PLAIN | EXPERIMENTS[name])
         for fold in arguments.folds:
             folder = arguments.output / f"{arguments.model}-{VIEWS.get(name, name).replace(' ', '-')}-{fold}"

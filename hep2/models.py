@@ -198,12 +198,14 @@ class SpecimenSupervision(nn.Module):
 
     In training it returns the log-probability of each specimen (batch, specimens): that of its class, from the
     model's own head, plus that of the specimen within the class, from a head that is thrown away afterwards. The
-    cross-entropy of these is the class's plus the specimen's. In evaluation it returns the model's logits (batch, 6).
+    cross-entropy of these is the class's plus the specimen's. In evaluation, and in training where `telling_apart` is
+    set to False, it returns the model's logits (batch, 6).
     """
 
     def __init__(self, model: CNN | ViT, class_of_specimen: Tensor) -> None:
         super().__init__()
         self.model = model
+        self.telling_apart = True
         self.specimens = nn.Linear(model.head.in_features, len(class_of_specimen))
         self.register_buffer("membership", F.one_hot(class_of_specimen, CLASSES).bool().T)  # (classes, specimens)
 
@@ -212,6 +214,9 @@ class SpecimenSupervision(nn.Module):
             return self.model(images)
         pooled = pooled_features(self.model, images)
         class_logits, specimen_logits = self.model.head(pooled).float(), self.specimens(pooled).float()
+        if not self.telling_apart:
+            # Several processes wait for each other's gradients of every parameter: these are zero.
+            return class_logits + 0 * specimen_logits.sum(dim=1, keepdim=True)
         of_class = specimen_logits[:, None].masked_fill(~self.membership, -torch.inf).logsumexp(2)  # (batch, classes)
         share = F.log_softmax(class_logits, dim=1) - of_class
         return specimen_logits + share @ self.membership.float()

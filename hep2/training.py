@@ -52,12 +52,12 @@ class Recipe:
     share: float = 1.0  # in this share of the images
     nuclear_stain: float = 0.0  # in this share of the images, for diffuse stain of another nucleus
     finish: float = 0.0  # share of the epochs, the last, with a cycle of their own at half the learning rate,
-    finish_changes: dict[str, float | str] | None = None  # and with these fields changed; see `in_epoch`
+    finish_changes: dict[str, float | str | bool] | None = None  # and with these fields changed; see `in_epoch`
     cutmix: float = 0.0  # share of the batches in which a patch of each image comes from another
     style_mixing: float = 0.0  # share of the batches whose cells exchange the statistics of their early features
     focal: float = 0.0  # how much less a sure answer weighs: the exponent of the focal loss (Lin et al. 2017)
     class_balance: Literal["none", "weights", "sampling", "specimens"] = "none"
-    specimen_supervision: bool = False  # the labels tell specimens apart too; see `hep2.models.SpecimenSupervision`
+    specimen_supervision: bool = False  # to tell specimens apart as well; see `hep2.models.SpecimenSupervision`
     ema_decay: float | None = None  # weights are averaged over the steps with this decay, and the average is kept
     patience: int | None = None  # stop after this many epochs without a better validation loss; keep the best
     min_delta: float = 0.0  # the smallest difference that counts as better
@@ -72,7 +72,7 @@ class Recipe:
         if self.augmentation == "paper" and self.class_balance in ("sampling", "specimens"):
             raise ValueError("augmentation='paper' shows each cell in six rotations: it draws no cells by their class")
         if self.specimen_supervision and self.class_balance != "none":
-            raise ValueError("with specimen_supervision the labels are specimens: set class_balance='none'")
+            raise ValueError("with specimen_supervision each specimen is a class: set class_balance='none'")
         if self.nuclear_stain and self.augmentation != "tuned":
             raise ValueError("nuclear_stain is a part of augmentation='tuned': choose that")
         if self.patience is not None and self.patience < 1:
@@ -94,7 +94,8 @@ class Recipe:
 
 
 _OF_THE_AUGMENTATION = ("gain", "zoom", "sharpness", "haze", "noise", "exposure", "share")
-_OF_THE_FINISH = (*_OF_THE_AUGMENTATION, "nuclear_stain", "cutmix", "class_balance")  # all that is read every epoch
+# All that is read every epoch.
+_OF_THE_FINISH = (*_OF_THE_AUGMENTATION, "nuclear_stain", "cutmix", "class_balance", "specimen_supervision")
 _CHOICES = {
     "optimizer": ("sgd", "adamw"),
     "schedule": ("constant", "one-cycle"),
@@ -106,8 +107,9 @@ _CHOICES = {
 class Examples(NamedTuple):
     """Inputs float32 of shape (examples, …), for images (examples, 1, 78, 78), and labels int64 of (examples,).
 
-    `specimens`, int64 of (examples,), is needed by recipes that draw specimens evenly, and `diffuse`, the positions of
-    the examples that show a nucleus stained diffusely, int64, by recipes that add such stain.
+    `specimens`, int64 of (examples,), is needed by recipes that draw specimens evenly or tell them apart, and
+    `diffuse`, the positions of the examples that show a nucleus stained diffusely, int64, by recipes that add such
+    stain.
     """
 
     inputs: Tensor
@@ -147,7 +149,9 @@ def fit(
     if "diffuse" in needed and (train.diffuse is None or not len(train.diffuse)):
         raise ValueError("the recipe adds diffuse nuclear stain: give examples that show it, as `diffuse`")
     if "specimens" in needed and train.specimens is None:
-        raise ValueError("the recipe draws specimens evenly: give the examples' `specimens`")
+        raise ValueError("the recipe draws specimens evenly, or tells them apart: give the examples' `specimens`")
+    if any(phase.specimen_supervision for phase in phases(recipe)) and not hasattr(model, "telling_apart"):
+        raise ValueError("the recipe tells specimens apart: give a model that can, as `SpecimenSupervision`")
     if recipe.style_mixing and not hasattr(model, "early_layers"):
         raise ValueError("the recipe mixes the styles of early features: give a model that has `early_layers`")
     directory.mkdir(parents=True, exist_ok=True)
@@ -203,7 +207,6 @@ class _Run:
             Examples(*(None if part is None else part.to(accelerator.device) for part in examples))
             for examples in (train, validation)
         )
-        self.classes = int(train.labels.max()) + 1
         if recipe.style_mixing:
             for layer in model.early_layers():
                 layer.register_forward_hook(partial(mix_style, share=recipe.style_mixing))
@@ -224,6 +227,8 @@ class _Run:
         self.model.train()
         totals = torch.zeros(3, dtype=torch.float64)  # loss, right, examples
         recipe = in_epoch(self.recipe, epoch)
+        if hasattr(self.model, "telling_apart"):
+            self.model.telling_apart = recipe.specimen_supervision
         class_weights = _class_weights(self.train.labels) if recipe.class_balance == "weights" else None
         batches = _batches(self.train, recipe, order)
         for step, batch in enumerate(batches):
@@ -244,7 +249,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         inputs, labels = _augmented(self.train, share, recipe, generator)
-        targets = F.one_hot(labels, self.classes).float()
+        targets = F.one_hot(labels, int(_targets(self.train, recipe).max()) + 1).float()
         if recipe.cutmix and torch.rand((), generator=generator) < recipe.cutmix:
             inputs, targets = cutmix(inputs, targets, generator)
         logits = self.wrapped(inputs).float()
@@ -451,12 +456,21 @@ def _beginning(recipe: Recipe) -> int:
 
 def _parts_needed(recipe: Recipe) -> list[str]:
     """Return which parts of the train examples a recipe reads besides inputs and labels, in its finish or before."""
-    phases = in_epoch(recipe, 0), in_epoch(recipe, recipe.epochs - 1)
+    both = phases(recipe)
     needed = {
-        "specimens": any(phase.class_balance == "specimens" for phase in phases),
-        "diffuse": any(phase.nuclear_stain for phase in phases),
+        "specimens": any(phase.class_balance == "specimens" or phase.specimen_supervision for phase in both),
+        "diffuse": any(phase.nuclear_stain for phase in both),
     }
     return [name for name, read in needed.items() if read]
+
+
+def phases(recipe: Recipe) -> tuple[Recipe, Recipe]:
+    """Return the recipe as it begins and as it ends: the same where there is no finish."""
+    return in_epoch(recipe, 0), in_epoch(recipe, recipe.epochs - 1)
+
+
+def _targets(train: Examples, recipe: Recipe) -> Tensor:
+    return train.specimens if recipe.specimen_supervision else train.labels
 
 
 def in_epoch(recipe: Recipe, epoch: int) -> Recipe:
@@ -468,7 +482,7 @@ def in_epoch(recipe: Recipe, epoch: int) -> Recipe:
 def _augmented(train: Examples, index: Tensor, recipe: Recipe, generator: Generator) -> tuple[Tensor, Tensor]:
     # In the paper's recipe example i is cell i % n under rotation i // n, which makes its 57,102 out of 9,517.
     cell, angle = index % len(train.labels), index // len(train.labels)
-    inputs, labels = train.inputs[cell], train.labels[cell]
+    inputs, labels = train.inputs[cell], _targets(train, recipe)[cell]
     if recipe.augmentation == "paper":
         inputs = augment_paper(inputs, angle, generator)
     elif recipe.augmentation == "tuned":

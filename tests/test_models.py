@@ -141,6 +141,18 @@ def test_specimen_supervision_trains_the_class_and_the_specimen_and_evaluates_th
     torch.testing.assert_close(supervised(images), model(images))
 
 
+def test_specimen_supervision_that_tells_none_apart_trains_the_class_alone():
+    torch.manual_seed(0)
+    model = build_model("cnn", {"widths": [4, 4, 8, 8]}).train()
+    supervised = SpecimenSupervision(model, torch.tensor([0, 0, 1, 2, 3, 4, 5, 5])).train()
+    supervised.telling_apart = False
+    images = torch.rand(5, 1, 78, 78)
+    logits = supervised(images)
+    torch.testing.assert_close(logits, model(images))
+    logits.square().sum().backward()
+    assert not supervised.specimens.weight.grad.any()  # and not None, which several processes would wait for
+
+
 def test_probabilities_sum_to_one_and_soften_with_temperature():
     logits = torch.tensor([[5.0, 0, 0, 0, 0, 0]])
     assert probabilities(logits).sum().item() == pytest.approx(1)

@@ -14,6 +14,7 @@ from conftest import ROOT
 from torch import nn
 
 import train
+from hep2.models import SpecimenSupervision, build_model
 from hep2.patterns import CLASS_NAMES
 from hep2.recipes import ARCHITECTURES, RECIPES
 from hep2.training import (
@@ -294,12 +295,33 @@ def test_recipe_refuses_values_that_do_not_fit(change):
         (replace(RECIPE, nuclear_stain=0.5), "`diffuse`"),
         (replace(RECIPE, finish=0.5, finish_changes={"nuclear_stain": 0.5}), "`diffuse`"),
         (replace(RECIPE, class_balance="specimens"), "`specimens`"),
+        (replace(RECIPE, specimen_supervision=True), "`specimens`"),
     ],
 )
 def test_fit_says_which_part_of_the_examples_is_missing(recipe, missing, phantoms, tmp_path):
     part = examples(phantoms, 0, 2)._replace(diffuse=None, specimens=None)
     with pytest.raises(ValueError, match=missing):
         fit(small_model(), part, part, recipe, directory=tmp_path, seed=0, accelerator=Accelerator(), progress=False)
+
+
+def test_fit_refuses_a_model_that_cannot_tell_specimens_apart(phantoms, tmp_path):
+    with pytest.raises(ValueError, match="SpecimenSupervision"):
+        run(phantoms, tmp_path, replace(RECIPE, specimen_supervision=True))
+
+
+def test_a_finish_without_specimen_supervision_trains_as_if_there_were_none(phantoms, tmp_path):
+    class_of_specimen = torch.arange(12) // 2
+    recipe = replace(RECIPE, epochs=2, finish=1.0)
+    without = replace(recipe, specimen_supervision=True, finish_changes={"specimen_supervision": False})
+    trained = []
+    for number, changed in enumerate((recipe, without, replace(without, finish=0.5))):
+        torch.manual_seed(0)
+        model = build_model("cnn", {"widths": [4, 4, 8, 8]})
+        fitted = SpecimenSupervision(model, class_of_specimen) if changed.specimen_supervision else model
+        run(phantoms, tmp_path / str(number), changed, model=fitted)
+        trained.append(model)
+    assert_same_weights(trained[0], trained[1])
+    assert not torch.equal(trained[0].head.weight, trained[2].head.weight)
 
 
 def test_drawn_evenly_classes_weigh_the_same_and_so_do_the_specimens_of_a_class():
