@@ -168,8 +168,11 @@ def draw_curves(history: list[dict], title: str, train_label: str = "train") -> 
 
 def train_label(training: dict) -> str:
     """Say what a model's log calls its accuracy in training: under specimen supervision every specimen is a class."""
-    supervised = training.get("settings", {}).get("specimen_supervision")
-    return "train, specimens told apart" if supervised else "train"
+    settings = training.get("settings", {})
+    if not settings.get("specimen_supervision"):
+        return "train"
+    ends = (settings.get("finish_changes") or {}).get("specimen_supervision") is False
+    return "train, specimens told apart" + (" before the finish" if ends else "")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -12,6 +12,7 @@ from hep2.evaluation import (
     metrics,
     reliability,
     save_figure,
+    train_label,
 )
 from hep2.patterns import CLASS_NAMES, SOURCE_RESULTS
 
@@ -85,3 +86,10 @@ def test_figures_are_written_as_png(tmp_path):
     for number, figure in enumerate(figures):
         save_figure(figure, tmp_path / f"{number}.png")
         assert (tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_label_says_what_the_log_measures():
+    told = {"specimen_supervision": True, "finish_changes": {"specimen_supervision": False}}
+    assert train_label({}) == train_label({"settings": {"specimen_supervision": False}}) == "train"
+    assert train_label({"settings": told | {"finish_changes": None}}) == "train, specimens told apart"
+    assert train_label({"settings": told}) == "train, specimens told apart before the finish"
