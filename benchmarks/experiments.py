@@ -21,7 +21,7 @@ from accelerate import Accelerator
 
 from hep2.data import Cells, blocks_of, load_cells, specimen_blocks, split, unique_cells
 from hep2.evaluation import metrics
-from hep2.models import build_model, probabilities
+from hep2.models import MODELS, build_model, probabilities
 from hep2.patterns import DEFAULT_DATASET
 from hep2.pipeline import examples_of, to_train
 from hep2.recipes import RECIPES
@@ -79,15 +79,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=tuple(EXPERIMENTS), metavar="NAME", help="default: what fits")
     parser.add_argument("--folds", nargs="+", choices=(*FOLDS, "random"), default=FOLDS)
     arguments = parser.parse_args(argv)
-    # A ViT has no early layers whose styles could be mixed.
-    unfit = {name for name, changes in EXPERIMENTS.items() if arguments.model == "vit" and "style_mixing" in changes}
-    if chosen := unfit & set(arguments.only or ()):
-        parser.error(f"argument --only: {', '.join(chosen)} is not for the ViT")
+    # `fit` refuses to mix the styles of a model that has no early layers.
+    mixes = hasattr(MODELS[arguments.model], "early_layers")
+    fitting = [name for name, changes in EXPERIMENTS.items() if mixes or "style_mixing" not in changes]
+    if unfit := set(arguments.only or ()) - set(fitting):
+        parser.error(f"argument --only: {', '.join(sorted(unfit))} is not for the model {arguments.model}")
     accelerator = Accelerator(mixed_precision="bf16")
     cells = load_cells(arguments.dataset)
     print("| change | fold | accuracy | mean class accuracy | cross-entropy | specimens right |")
     print("|---|---|---|---|---|---|")
-    for name in arguments.only or (name for name in EXPERIMENTS if name not in unfit):
+    for name in arguments.only or fitting:
         recipe = replace(RECIPES["sharp"][arguments.model], **PLAIN | EXPERIMENTS[name])
         for fold in arguments.folds:
             folder = arguments.output / f"{arguments.model}-{VIEWS.get(name, name).replace(' ', '-')}-{fold}"

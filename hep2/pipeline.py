@@ -30,7 +30,7 @@ from hep2.reader import predict
 from hep2.recipes import ARCHITECTURES, RECIPES
 from hep2.refusal import fit_refusal
 from hep2.stress import measure_refusals, measure_robustness
-from hep2.training import Examples, Recipe, fit, phases, predict_logits, write_atomically
+from hep2.training import Examples, Recipe, fit, predict_logits, tells_specimens_apart, write_atomically
 from hep2.weights import Weights, load_weights, read_json, refusal_fits, save_model, save_refusal, write_json
 
 
@@ -109,7 +109,7 @@ def to_train(
     """Return what to fit so that `model` is trained by a recipe on the cells at some positions, and the examples."""
     specimens, class_of_specimen = specimens_of(cells, positions)
     examples = examples_of(cells, positions)._replace(specimens=specimens)
-    if any(phase.specimen_supervision for phase in phases(recipe)):
+    if tells_specimens_apart(recipe):
         model = SpecimenSupervision(model, class_of_specimen)
     return model, examples
 

@@ -150,7 +150,7 @@ def fit(
         raise ValueError("the recipe adds diffuse nuclear stain: give examples that show it, as `diffuse`")
     if "specimens" in needed and train.specimens is None:
         raise ValueError("the recipe draws specimens evenly, or tells them apart: give the examples' `specimens`")
-    if any(phase.specimen_supervision for phase in phases(recipe)) and not hasattr(model, "telling_apart"):
+    if tells_specimens_apart(recipe) and not hasattr(model, "telling_apart"):
         raise ValueError("the recipe tells specimens apart: give a model that can, as `SpecimenSupervision`")
     if recipe.style_mixing and not hasattr(model, "early_layers"):
         raise ValueError("the recipe mixes the styles of early features: give a model that has `early_layers`")
@@ -229,12 +229,13 @@ class _Run:
         recipe = in_epoch(self.recipe, epoch)
         if hasattr(self.model, "telling_apart"):
             self.model.telling_apart = recipe.specimen_supervision
+        classes = int(_targets(self.train, recipe).max()) + 1
         class_weights = _class_weights(self.train.labels) if recipe.class_balance == "weights" else None
         batches = _batches(self.train, recipe, order)
         for step, batch in enumerate(batches):
             rate = _learning_rate(self.recipe, epoch + step / len(batches))
             share = batch[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
-            totals += self.step(share, recipe, class_weights, rate, own)
+            totals += self.step(share, recipe, classes, class_weights, rate, own)
             if not math.isfinite(totals[0]):
                 raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: lower the learning rate")
             bar.update(len(batch))
@@ -243,13 +244,19 @@ class _Run:
         self.record(totals, rate, time.perf_counter() - started)
 
     def step(
-        self, share: Tensor, recipe: Recipe, class_weights: Tensor | None, rate: float, generator: Generator
+        self,
+        share: Tensor,
+        recipe: Recipe,
+        classes: int,
+        class_weights: Tensor | None,
+        rate: float,
+        generator: Generator,
     ) -> Tensor:
         """Take one step on the examples at the positions `share`; returns their summed loss, right ones and count."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         inputs, labels = _augmented(self.train, share, recipe, generator)
-        targets = F.one_hot(labels, int(_targets(self.train, recipe).max()) + 1).float()
+        targets = F.one_hot(labels, classes).float()
         if recipe.cutmix and torch.rand((), generator=generator) < recipe.cutmix:
             inputs, targets = cutmix(inputs, targets, generator)
         logits = self.wrapped(inputs).float()
@@ -456,16 +463,22 @@ def _beginning(recipe: Recipe) -> int:
 
 def _parts_needed(recipe: Recipe) -> list[str]:
     """Return which parts of the train examples a recipe reads besides inputs and labels, in its finish or before."""
-    both = phases(recipe)
+    phases = _phases(recipe)
+    evenly = any(phase.class_balance == "specimens" for phase in phases)
     needed = {
-        "specimens": any(phase.class_balance == "specimens" or phase.specimen_supervision for phase in both),
-        "diffuse": any(phase.nuclear_stain for phase in both),
+        "specimens": evenly or tells_specimens_apart(recipe),
+        "diffuse": any(phase.nuclear_stain for phase in phases),
     }
     return [name for name, read in needed.items() if read]
 
 
-def phases(recipe: Recipe) -> tuple[Recipe, Recipe]:
-    """Return the recipe as it begins and as it ends: the same where there is no finish."""
+def tells_specimens_apart(recipe: Recipe) -> bool:
+    """Say whether a recipe needs a model under specimen supervision, in its finish or before."""
+    return any(phase.specimen_supervision for phase in _phases(recipe))
+
+
+def _phases(recipe: Recipe) -> tuple[Recipe, Recipe]:
+    """Return the recipe as it is in the first epoch and in the last."""
     return in_epoch(recipe, 0), in_epoch(recipe, recipe.epochs - 1)
 
 
