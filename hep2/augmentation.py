@@ -54,7 +54,7 @@ def augment_tuned(
     """
     images = translate(dihedral(images, generator), shift, generator)
     if share and (zoom or sharpness or haze or noise or exposure):
-        chosen = (torch.rand(len(images), generator=generator) < share).nonzero()[:, 0].to(images.device)
+        chosen = to_device((torch.rand(len(images), generator=generator) < share).nonzero()[:, 0], images.device)
         if len(chosen):
             changed = _another_specimen(images[chosen], generator, zoom, sharpness, haze, noise, exposure)
             images[chosen] = stretch(changed)
@@ -78,7 +78,7 @@ def _another_specimen(
     if sharpness or haze:
         images = refocus(images, sharpness, haze, generator)
     if noise:
-        grain = torch.randn(images.shape, generator=generator).to(images.device)
+        grain = to_device(torch.randn(images.shape, generator=generator), images.device)
         images = images + noise * _uniform(images, generator).square() * grain
     if exposure:
         # What is brighter than the camera can tell is clipped.
@@ -103,7 +103,7 @@ def refocus(images: Tensor, sharpness: float, haze: float, generator: Generator)
     """
     rows, columns = images.shape[-2:]
     squared = torch.fft.fftfreq(rows)[:, None].square() + torch.fft.rfftfreq(columns).square()
-    squared = squared.to(images.device)  # spatial frequency in cycles a pixel, (rows, columns / 2 + 1)
+    squared = to_device(squared, images.device)  # spatial frequency in cycles a pixel, (rows, columns / 2 + 1)
     strength = sharpness * (3 * _uniform(images, generator) - 2)
     width = 3 * (10 / 3) ** _uniform(images, generator)
     amount = haze * (5 * _uniform(images, generator) ** 3 - 0.4)
@@ -136,7 +136,7 @@ def stretch(images: Tensor) -> Tensor:
 
 def dihedral(images: Tensor, generator: Generator) -> Tensor:
     """Give each image one of the eight symmetries of the square, all equally likely."""
-    chance = torch.rand(3, len(images), 1, 1, 1, generator=generator).to(images.device) < 0.5
+    chance = to_device(torch.rand(3, len(images), 1, 1, 1, generator=generator), images.device) < 0.5
     images = torch.where(chance[0], images.flip(-1), images)
     images = torch.where(chance[1], images.flip(-2), images)
     return torch.where(chance[2], images.transpose(-1, -2), images)
@@ -145,7 +145,7 @@ def dihedral(images: Tensor, generator: Generator) -> Tensor:
 def translate(images: Tensor, most: int, generator: Generator) -> Tensor:
     """Shift each image by up to `most` whole pixels a side, mirroring at the border."""
     batch, _, rows, columns = images.shape
-    shifts = torch.randint(-most, most + 1, (2, batch, 1), generator=generator).to(images.device)
+    shifts = to_device(torch.randint(-most, most + 1, (2, batch, 1), generator=generator), images.device)
     row = _mirror(torch.arange(rows, device=images.device) + shifts[0], rows)  # (batch, rows)
     column = _mirror(torch.arange(columns, device=images.device) + shifts[1], columns)
     index = torch.arange(batch, device=images.device)
@@ -157,4 +157,9 @@ def _mirror(position: Tensor, size: int) -> Tensor:
 
 
 def _uniform(images: Tensor, generator: Generator) -> Tensor:
-    return torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)
+    return to_device(torch.rand(len(images), 1, 1, 1, generator=generator), images.device)
+
+
+def to_device(drawn: Tensor, device: torch.device) -> Tensor:
+    """Send what a CPU generator drew to the device of the images, without waiting for what that has to do yet."""
+    return drawn.to(device, non_blocking=True)

@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from hep2.augmentation import PAPER_ANGLES, add_nuclear_stain, augment_paper, augment_tuned
+from hep2.augmentation import PAPER_ANGLES, add_nuclear_stain, augment_paper, augment_tuned, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,8 @@ class Recipe:
                 f"epochs, batch_size (2 or more, for batch norm) and learning_rate must be positive: {self}"
             )
 
+
+STEPS_BETWEEN_LOOKS = 16  # at the loss, for which a card must be waited for
 
 _OF_THE_AUGMENTATION = ("gain", "zoom", "sharpness", "haze", "noise", "exposure", "share")
 # All that is read every epoch.
@@ -212,7 +214,8 @@ class _Run:
                 layer.register_forward_hook(partial(mix_style, share=recipe.style_mixing))
         self.averaged = None
         if recipe.ema_decay is not None:
-            self.averaged = AveragedModel(model, avg_fn=_moving_average(recipe.ema_decay), use_buffers=True)
+            average = _moving_average(recipe.ema_decay)
+            self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         # Accelerate wraps the forward pass for mixed precision and for several processes.
         self.wrapped, self.optimizer = accelerator.prepare(model, _optimizer(model, recipe))
         self.state = {"epoch": 0, "history": [], "best_loss": float("inf"), "best_epoch": 0, "best": None}
@@ -225,7 +228,8 @@ class _Run:
         own = _generator(self.seed, epoch, 1 + accelerator.process_index)
         torch.manual_seed(int(torch.randint(2**31, (), generator=own)))  # for stochastic depth
         self.model.train()
-        totals = torch.zeros(3, dtype=torch.float64)  # loss, right, examples
+        # Loss, right ones and examples lie on the device, which would have to be waited for at every step elsewhere.
+        totals = torch.zeros(3, device=accelerator.device)
         recipe = in_epoch(self.recipe, epoch)
         if hasattr(self.model, "telling_apart"):
             self.model.telling_apart = recipe.specimen_supervision
@@ -234,14 +238,15 @@ class _Run:
         batches = _batches(self.train, recipe, order)
         for step, batch in enumerate(batches):
             rate = _learning_rate(self.recipe, epoch + step / len(batches))
-            share = batch[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
+            share = to_device(batch[accelerator.process_index :: accelerator.num_processes], accelerator.device)
             totals += self.step(share, recipe, classes, class_weights, rate, own)
-            if not math.isfinite(totals[0]):
-                raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: lower the learning rate")
+            if step % STEPS_BETWEEN_LOOKS == 0 or step == len(batches) - 1:
+                loss, _, count = totals.tolist()
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: lower the learning rate")
+                bar.set_postfix(epoch=epoch + 1, loss=f"{loss / count:.3f}", refresh=False)
             bar.update(len(batch))
-            bar.set_postfix(epoch=epoch + 1, loss=f"{totals[0] / totals[2]:.3f}", refresh=False)
-        totals = accelerator.reduce(totals.to(accelerator.device, torch.float32))
-        self.record(totals, rate, time.perf_counter() - started)
+        self.record(accelerator.reduce(totals), rate, time.perf_counter() - started)
 
     def step(
         self,
@@ -272,7 +277,7 @@ class _Run:
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
         right = (logits.argmax(1) == labels).sum()
-        return torch.tensor([loss.item() * len(share), right.item(), len(share)], dtype=torch.float64)
+        return torch.stack([loss.detach() * len(share), right, torch.full_like(right, len(share))])
 
     def record(self, totals: Tensor, rate: float, seconds: float) -> None:
         """Measure the weights that would be kept, and note the epoch."""
@@ -506,10 +511,11 @@ def _augmented(train: Examples, index: Tensor, recipe: Recipe, generator: Genera
 
 
 def _with_nuclear_stain(inputs: Tensor, train: Examples, share: float, generator: Generator) -> Tensor:
-    chosen = (torch.rand(len(inputs), generator=generator) < share).nonzero()[:, 0].to(inputs.device)
+    chosen = to_device((torch.rand(len(inputs), generator=generator) < share).nonzero()[:, 0], inputs.device)
     if not len(chosen):
         return inputs
-    nuclei = train.diffuse[torch.randint(len(train.diffuse), chosen.shape, generator=generator).to(inputs.device)]
+    drawn = torch.randint(len(train.diffuse), chosen.shape, generator=generator)
+    nuclei = train.diffuse[to_device(drawn, inputs.device)]
     return inputs.index_copy(0, chosen, add_nuclear_stain(inputs[chosen], train.inputs[nuclei], generator))
 
 
@@ -541,7 +547,8 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     decayed = [parameter for parameter in parameters if parameter.squeeze().ndim > 1]
     others = [parameter for parameter in parameters if parameter.squeeze().ndim <= 1]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], recipe.learning_rate)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, recipe.learning_rate, fused=parameters[0].is_cuda or None)
 
 
 def _learning_rate(recipe: Recipe, epochs: float) -> float:
@@ -559,11 +566,15 @@ def _learning_rate(recipe: Recipe, epochs: float) -> float:
     return highest * 0.5 * (1 + math.cos(math.pi * descent))
 
 
-def _moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
-    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    @torch.no_grad()
+    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
         # The first steps count for less, or the untrained start would linger in the average.
         now = min(decay, (1 + int(count)) / (10 + int(count)))
-        return (now * averaged + (1 - now) * current).to(averaged.dtype)
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - now)
+        else:
+            torch._foreach_copy_(averaged, current)  # counts, of batches seen
 
     return average
 
