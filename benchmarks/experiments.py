@@ -57,6 +57,11 @@ EXPERIMENTS = {
     "haze, noise, scale, focus and nuclear stain": {"nuclear_stain": ROBUST["nuclear_stain"], **SPOILT},
     "the same, drawn evenly (the recipe robust)": ROBUST | PLAIN,
     "the recipe robust, thirty epochs": ROBUST | PLAIN | {"epochs": 30},
+    "robust, sixty epochs": ROBUST | PLAIN | {"epochs": 60},
+    "robust and CutMix, thirty epochs": ROBUST | PLAIN | {"epochs": 30, "cutmix": 0.5},
+    "robust in seven images of ten, thirty epochs": ROBUST | PLAIN | {"epochs": 30, "share": 0.7},
+    "robust with more scale and focus, thirty epochs": ROBUST | PLAIN | {"epochs": 30, "zoom": 0.3, "sharpness": 1.25},
+    "robust with a slower average, thirty epochs": ROBUST | PLAIN | {"epochs": 30, "ema_decay": 0.999},
     "robust, then fewer cells changed, sixty epochs": ROBUST
     | PLAIN
     | {"epochs": 60, "finish": 0.4, "finish_changes": FEWER},
