@@ -5,8 +5,8 @@
 Each change is trained twice, on two folds of the block table, and measured on a third. The fourth is not looked at:
 folds 0 and 2 take no part in any choice. With `--folds random` it is trained and measured on the train and validation
 part of the clean protocol: what it costs where specimens are known. Ten epochs of the CNN take four minutes on one
-core; an experiment that is named with its epochs takes as many more. What is finished is not repeated. Prints a table in
-Markdown; those in README.md beside this file are what it printed.
+core; an experiment that is named with its epochs takes as many more. What is finished is not repeated. Prints a table
+in Markdown; those in README.md beside this file are what it printed.
 """
 
 import argparse
