@@ -286,6 +286,9 @@ def _read_config(path: Path, name: str) -> dict:
     for field, needed in (("training", TRAINING_FIELDS), ("architecture", set())):
         if not isinstance(config[field], dict) or not needed <= set(config[field]):
             raise ValueError(f"{path}: {field} is {config[field]!r}, expected an object with {sorted(needed)}")
+    settings = config["training"].get("settings", {})  # from which curves take their labels
+    if not isinstance(settings, dict) or not isinstance(settings.get("finish_changes") or {}, dict):
+        raise ValueError(f"{path}: the settings of training are {settings!r}, expected an object")
     temperature = config["calibration"].get("temperature") if isinstance(config["calibration"], dict) else None
     if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         raise ValueError(f"{path}: calibration is {config['calibration']!r}, expected a positive temperature")

@@ -75,6 +75,8 @@ def test_load_weights_of_a_missing_folder_or_an_unknown_model_says_so(tmp_path):
         ({"labels": ["Golgi", "Centromere", "Homogeneous", "NuMem", "Nucleolar", "Speckled"]}, "labels is"),
         ({"preprocessing": {"image_size": 224}}, "preprocessing is"),
         ({"training": {}}, "training is {}, expected an object with"),
+        ({"training": TRAINING | {"settings": 1}}, "settings of training are 1, expected an object"),
+        ({"training": TRAINING | {"settings": {"finish_changes": "all"}}}, "settings of training are .*'all'"),
         ({"architecture": []}, r"architecture is \[\], expected an object"),
         ({"calibration": {"temperature": 0}}, "positive temperature"),
         ({"calibration": None}, "positive temperature"),
