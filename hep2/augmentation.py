@@ -161,5 +161,6 @@ def _uniform(images: Tensor, generator: Generator) -> Tensor:
 
 
 def to_device(drawn: Tensor, device: torch.device) -> Tensor:
-    """Send what a CPU generator drew to the device of the images, without waiting for what that has to do yet."""
-    return drawn.to(device, non_blocking=True)
+    """Send what a CPU generator drew to the device of the images, without waiting for what a card has to do yet."""
+    # CUDA has copied the memory when this returns; elsewhere it may be gone before it is read.
+    return drawn.to(device, non_blocking=device.type == "cuda")

@@ -9,7 +9,6 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -214,8 +213,7 @@ class _Run:
                 layer.register_forward_hook(partial(mix_style, share=recipe.style_mixing))
         self.averaged = None
         if recipe.ema_decay is not None:
-            average = _moving_average(recipe.ema_decay)
-            self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            self.averaged = _MovingAverage(model, recipe.ema_decay)
         # Accelerate wraps the forward pass for mixed precision and for several processes.
         self.wrapped, self.optimizer = accelerator.prepare(model, _optimizer(model, recipe))
         self.state = {"epoch": 0, "history": [], "best_loss": float("inf"), "best_epoch": 0, "best": None}
@@ -330,6 +328,8 @@ class _Run:
                 f"{path} belongs to another run (another {', '.join(changed)}); give another --output, or delete it"
             )
         self.model.load_state_dict(saved["model"])
+        for group, own in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+            group["fused"] = own.get("fused")  # of this device, not of the one that saved it
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.averaged is not None:
             self.averaged.load_state_dict(saved["averaged"])
@@ -343,6 +343,28 @@ class _Run:
         elif self.averaged is not None:
             model.load_state_dict(self.averaged.module.state_dict())
         model.eval()
+
+
+class _MovingAverage(AveragedModel):
+    """The moving average of a model's weights and running statistics; counts and masks are the model's own."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        # The count stays on the CPU: PyTorch's own update waits for the card several times a step to read it.
+        count = int(self.n_averaged)
+        # The first steps count for less, or the untrained start would linger in the average.
+        decay = min(self.decay, (1 + count) / (10 + count)) if count else 0.0
+        pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
+        averaged, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+        for kept, own in pairs:
+            if not kept.is_floating_point():
+                kept.copy_(own)
+        self.n_averaged += 1
 
 
 def _identity(
@@ -404,7 +426,7 @@ def cutmix(images: Tensor, targets: Tensor, generator: Generator) -> tuple[Tenso
     height, width = round(rows * area**0.5), round(columns * area**0.5)
     top = int(torch.randint(rows - height + 1, (), generator=generator))
     left = int(torch.randint(columns - width + 1, (), generator=generator))
-    other = torch.randperm(len(images), generator=generator).to(images.device)
+    other = to_device(torch.randperm(len(images), generator=generator), images.device)
     images = images.clone()
     images[..., top : top + height, left : left + width] = images[other, ..., top : top + height, left : left + width]
     share = height * width / (rows * columns)
@@ -564,19 +586,6 @@ def _learning_rate(recipe: Recipe, epochs: float) -> float:
         return highest * (0.02 + 0.98 * progress / recipe.warm_up)
     descent = (progress - recipe.warm_up) / (1 - recipe.warm_up)
     return highest * 0.5 * (1 + math.cos(math.pi * descent))
-
-
-def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
-    @torch.no_grad()
-    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        # The first steps count for less, or the untrained start would linger in the average.
-        now = min(decay, (1 + int(count)) / (10 + int(count)))
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, 1 - now)
-        else:
-            torch._foreach_copy_(averaged, current)  # counts, of batches seen
-
-    return average
 
 
 def _generator(*key: int) -> Generator:

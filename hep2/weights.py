@@ -287,8 +287,10 @@ def _read_config(path: Path, name: str) -> dict:
         if not isinstance(config[field], dict) or not needed <= set(config[field]):
             raise ValueError(f"{path}: {field} is {config[field]!r}, expected an object with {sorted(needed)}")
     settings = config["training"].get("settings", {})  # from which curves take their labels
-    if not isinstance(settings, dict) or not isinstance(settings.get("finish_changes") or {}, dict):
-        raise ValueError(f"{path}: the settings of training are {settings!r}, expected an object")
+    changes = settings.get("finish_changes") if isinstance(settings, dict) else None
+    for field, value in (("settings", settings), ("settings.finish_changes", changes or {})):
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: training.{field} is {value!r}, expected an object; get the weights again")
     temperature = config["calibration"].get("temperature") if isinstance(config["calibration"], dict) else None
     if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         raise ValueError(f"{path}: calibration is {config['calibration']!r}, expected a positive temperature")
