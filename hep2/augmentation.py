@@ -54,7 +54,7 @@ def augment_tuned(
     """
     images = translate(dihedral(images, generator), shift, generator)
     if share and (zoom or sharpness or haze or noise or exposure):
-        chosen = to_device((torch.rand(len(images), generator=generator) < share).nonzero()[:, 0], images.device)
+        chosen = draw_share(images, share, generator)
         if len(chosen):
             changed = _another_specimen(images[chosen], generator, zoom, sharpness, haze, noise, exposure)
             images[chosen] = stretch(changed)
@@ -158,6 +158,11 @@ def _mirror(position: Tensor, size: int) -> Tensor:
 
 def _uniform(images: Tensor, generator: Generator) -> Tensor:
     return to_device(torch.rand(len(images), 1, 1, 1, generator=generator), images.device)
+
+
+def draw_share(images: Tensor, share: float, generator: Generator) -> Tensor:
+    """Draw a `share` of the images, each by itself: their positions, int64 of shape (drawn,)."""
+    return to_device((torch.rand(len(images), generator=generator) < share).nonzero()[:, 0], images.device)
 
 
 def to_device(drawn: Tensor, device: torch.device) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from hep2.augmentation import PAPER_ANGLES, add_nuclear_stain, augment_paper, augment_tuned, to_device
+from hep2.augmentation import PAPER_ANGLES, add_nuclear_stain, augment_paper, augment_tuned, draw_share, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +226,7 @@ class _Run:
         own = _generator(self.seed, epoch, 1 + accelerator.process_index)
         torch.manual_seed(int(torch.randint(2**31, (), generator=own)))  # for stochastic depth
         self.model.train()
-        # Loss, right ones and examples lie on the device, which would have to be waited for at every step elsewhere.
+        # Loss, right ones, examples: left on the device, since to fetch them is to wait for it.
         totals = torch.zeros(3, device=accelerator.device)
         recipe = in_epoch(self.recipe, epoch)
         if hasattr(self.model, "telling_apart"):
@@ -533,7 +533,7 @@ def _augmented(train: Examples, index: Tensor, recipe: Recipe, generator: Genera
 
 
 def _with_nuclear_stain(inputs: Tensor, train: Examples, share: float, generator: Generator) -> Tensor:
-    chosen = to_device((torch.rand(len(inputs), generator=generator) < share).nonzero()[:, 0], inputs.device)
+    chosen = draw_share(inputs, share, generator)
     if not len(chosen):
         return inputs
     drawn = torch.randint(len(train.diffuse), chosen.shape, generator=generator)
