@@ -43,8 +43,9 @@ FEWER = {
     "haze": 0.4,
     "exposure": 0.6,
 }
-# `tuned`, but that its finish no longer tells specimens apart and changes more.
-TUNED = {name: getattr(RECIPES["tuned"]["cnn"], name) for name in ("specimen_supervision", "epochs", "finish")}
+TUNED = {name: value for name, value in asdict(RECIPES["tuned"]["cnn"]).items() if value != SHARP[name]}
+TUNED |= {"specimen_supervision": True}  # as in `sharp`, but not in PLAIN
+# What else its finish could change: more, and in more images.
 HARDER = {
     "specimen_supervision": False,
     "share": 0.3,
@@ -80,6 +81,10 @@ EXPERIMENTS = {
     | {"epochs": 60, "finish": 0.4, "finish_changes": FEWER},
     "tuned with a harder finish, all its epochs": TUNED | {"finish_changes": HARDER},
     "tuned with the hardest finish, all its epochs": TUNED | {"finish_changes": HARDEST},
+    "tuned, all its epochs": TUNED,
+    "tuned, twenty epochs": TUNED | {"epochs": 20},
+    "tuned but for telling specimens apart, twenty epochs": TUNED | {"epochs": 20, "specimen_supervision": False},
+    "tuned with the hardest finish, twenty epochs": TUNED | {"epochs": 20, "finish_changes": HARDEST},
     "MixStyle": {"style_mixing": 0.5},
     "CutMix": {"cutmix": 0.5},
     "specimens told apart in training": {"specimen_supervision": True},

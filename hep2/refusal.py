@@ -24,7 +24,7 @@ MOST = 6000  # examples of each kind to learn from: more cost time and change li
 # What another microscope may do to a cell without its ceasing to be one.
 ANOTHER_MICROSCOPE = {"zoom": 0.25, "sharpness": 1.5, "noise": 0.05, "gain": 0.3}
 # What is nearest to the border between cells and others counts for more.
-WEIGHTS = {"few nuclear dots": 6.0, "two halves of cells": 4.0, "phantoms": 2.0}
+WEIGHTS = {"few nuclear dots": 6.0, "two halves of cells": 4.0, "clutter": 2.0, "phantoms": 2.0}
 SHAPE = (IMAGE_SIZE, IMAGE_SIZE)
 
 

@@ -360,7 +360,9 @@ def test_the_recipe_of_the_weights_that_ship_is_sharp_and_then_a_finish(model):
     for epoch in range(60):
         assert replace(in_epoch(tuned, epoch), epochs=60, finish=0.0) == sharp
         assert _learning_rate(tuned, epoch + 0.3) == _learning_rate(sharp, epoch + 0.3)
-    assert {in_epoch(tuned, epoch).share for epoch in range(60, 105)} == {0.3}
+    finish = [in_epoch(tuned, epoch) for epoch in range(60, 105)]
+    assert {recipe.share for recipe in finish} == {0.3}
+    assert {recipe.specimen_supervision for recipe in finish} == {model == "vit"}
 
 
 def test_cutmix_mixes_targets_by_area():
