@@ -84,7 +84,6 @@ EXPERIMENTS = {
     "tuned, all its epochs": TUNED,
     "tuned, twenty epochs": TUNED | {"epochs": 20},
     "tuned but for telling specimens apart, twenty epochs": TUNED | {"epochs": 20, "specimen_supervision": False},
-    "tuned with the hardest finish, twenty epochs": TUNED | {"epochs": 20, "finish_changes": HARDEST},
     "MixStyle": {"style_mixing": 0.5},
     "CutMix": {"cutmix": 0.5},
     "specimens told apart in training": {"specimen_supervision": True},
