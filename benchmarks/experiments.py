@@ -46,16 +46,7 @@ FEWER = {
 TUNED = {name: value for name, value in asdict(RECIPES["tuned"]["cnn"]).items() if value != SHARP[name]}
 TUNED |= {"specimen_supervision": True}  # as in `sharp`, but not in PLAIN
 # What else its finish could change: more, and in more images.
-HARDER = {
-    "specimen_supervision": False,
-    "share": 0.3,
-    "zoom": 0.3,
-    "sharpness": 1.25,
-    "haze": 0.25,
-    "noise": 0.2,
-    "exposure": 0.6,
-    "nuclear_stain": 0.1,
-}
+HARDER = TUNED["finish_changes"] | {"haze": 0.25, "nuclear_stain": 0.1}
 HARDEST = HARDER | {"share": 0.4, "haze": 0.4, "nuclear_stain": 0.2, "class_balance": "specimens"}
 EXPERIMENTS = {
     "plain": {},

@@ -36,21 +36,10 @@ _SHARP = Recipe(
 # What makes the weights that ship: the same, and then forty-five epochs in which three images in ten are as another
 # microscope would show them. Those of the convolutional networks no longer tell specimens apart, and change scale and
 # focus more: the ViT loses more by that, where there is noise, than it wins where there is blur.
-_TUNED = replace(
-    _SHARP,
-    epochs=105,
-    finish=3 / 7,
-    finish_changes={
-        "share": 0.3,
-        "zoom": 0.3,
-        "sharpness": 1.25,
-        "haze": 0.15,
-        "noise": 0.2,
-        "exposure": 0.6,
-        "specimen_supervision": False,
-    },
-)
-_VIT_FINISH = {"share": 0.3, "zoom": 0.25, "sharpness": 0.8, "haze": 0.15, "noise": 0.2, "exposure": 0.6}
+_FINISH = {"share": 0.3, "zoom": 0.25, "sharpness": 0.8, "haze": 0.15, "noise": 0.2, "exposure": 0.6}
+_WIDER = {"zoom": 0.3, "sharpness": 1.25, "specimen_supervision": False}
+_TUNED = replace(_SHARP, epochs=105, finish=3 / 7, finish_changes=_FINISH)
+_TUNED_CONVOLUTIONS = replace(_TUNED, finish_changes=_FINISH | _WIDER)
 # For new specimens: scale, focus, haze and noise changed in every image, another nucleus' diffuse stain in half of
 # them, specimens and classes drawn evenly. On a random split it costs more than it may: see benchmarks/README.md.
 _ROBUST = replace(
@@ -77,9 +66,9 @@ RECIPES = {
         "ensemble": replace(_PAPER, epochs=20, patience=1, augmentation="none"),
     },
     "tuned": {
-        "cnn": _TUNED,
-        "rescnn": replace(_TUNED, specimen_supervision=False),
-        "vit": replace(_TUNED, learning_rate=1e-3, finish_changes=_VIT_FINISH),
+        "cnn": _TUNED_CONVOLUTIONS,
+        "rescnn": replace(_TUNED_CONVOLUTIONS, specimen_supervision=False),
+        "vit": replace(_TUNED, learning_rate=1e-3),
         "ensemble": _STACK,
     },
     "sharp": {
