@@ -42,6 +42,7 @@ from hep2.views import (
 from hep2.weights import Weights, best_device
 
 SYNTHETIC = Path(__file__).with_name("examples")
+FIELDS = [SYNTHETIC / "fields" / f"{name}.png" for name in CLASS_NAMES]
 CSS = Path(__file__).with_name("hep2") / "views.css"
 TITLE = "HEp-2 cells: four models and a verdict"
 INTRODUCTION = """# HEp-2 cells: four models and a verdict
@@ -51,6 +52,7 @@ UPLOAD_LABEL = "Your own images"
 UPLOAD_TEXT = "Drop, paste or choose one or many, each of one cell: PNG, JPEG, TIFF, BMP or WebP, 8 to 32 bit."
 SYNTHETIC_TEXT = "**Examples**: synthetic cells, drawn by a program. A click reads one."
 HELD_OUT_TEXT = "**Examples**: published cells that no model was trained on, with their labels. A click reads one."
+FIELD_EXAMPLES_TEXT = "**Examples**: synthetic fields, drawn by a program. A click reads one."
 FIELD_TEXT = """One or several whole fields of **one specimen**: dozens of cells, bright on dark, as the camera of a
 microscope gives them. The cells are found, each is read, and all together say what the specimen shows. What is given
 later joins the same specimen: clear the box for another."""
@@ -61,7 +63,7 @@ NO_IMAGE = "no image came; give one file: PNG, JPEG, TIFF, BMP or WebP"
 FITTING = (
     "it takes each image (and several as a list) as a file that was uploaded to /gradio_api/upload before, "
     'as {"path": …, "meta": {"_type": "gradio.FileData"}}, which handle_file of gradio_client does; no other paths, '
-    "and no addresses of this machine; uploads are deleted within the hour: if it is longer ago, give it again"
+    "and no addresses; uploads are deleted within the hour: if it is longer ago, give it again"
 )
 TOGETHER = 8  # requests to /classify that are answered at once; more cost memory and gain nothing
 KEPT = (600, 3000)  # seconds: every ten minutes, files older than 50 minutes are deleted; they may be a patient's
@@ -112,14 +114,15 @@ SCRIPT = """() => {
   });
   // Gradio calls its thumbnails "Thumbnail 7 of 30": who cannot see them wants to hear what they show.
   const named = setInterval(() => {
-    const thumbnails = document.querySelectorAll("#examples button[aria-label^='Thumbnail']");
+    const thumbnails = document.querySelectorAll(".pictures button[aria-label^='Thumbnail']");
     const seen = {};
     for (const thumbnail of thumbnails) {
       const caption = thumbnail.textContent.trim();
-      seen[caption] = (seen[caption] || 0) + 1;
-      thumbnail.setAttribute("aria-label", `Read example ${caption} ${seen[caption]}`);
+      const key = thumbnail.closest(".pictures").id + caption;
+      seen[key] = (seen[key] || 0) + 1;
+      thumbnail.setAttribute("aria-label", `Read example ${caption} ${seen[key]}`);
     }
-    if (thumbnails.length) clearInterval(named);
+    if (document.querySelector("#field-examples button[aria-label^='Read']")) clearInterval(named);
   }, 200);
 }"""
 
@@ -129,6 +132,17 @@ SHOW = """() => {
   if (maps) maps.open = result.dataset.maps === "open";
   if (window.innerWidth < 700 && result.checkVisibility()) result.scrollIntoView({ behavior: "smooth" });
 }"""
+
+# Pictures to click on, and nothing else.
+GALLERY = {
+    "show_label": False,
+    "container": False,
+    "height": "auto",
+    "allow_preview": False,
+    "interactive": False,
+    "buttons": [],
+    "elem_classes": "pictures",
+}
 
 # Which models are shown is the browser's own business: views.css hides the others.
 CHOOSE = """(models) => { document.querySelector("#result").dataset.models = models.join(" "); }"""
@@ -162,6 +176,9 @@ class Page:
     def show_example(self, event: gr.SelectData) -> str:
         return reading_html(self._explain, self.examples[event.index])
 
+    def show_field_example(self, event: gr.SelectData) -> list[str]:
+        return [str(FIELDS[event.index])]
+
     def show_upload(self, paths: list[str] | None, handed: int) -> tuple:
         """Show a single image at once; hand many over to the tab that reads many. The box is ready for the next.
 
@@ -181,7 +198,7 @@ class Page:
         check_count(paths)
         readings = list(progress.tqdm(self._read(_named(paths)), total=len(paths), unit="cells", desc="Reading"))
         rows = [
-            [reading.file, "", None, None, reading.error]
+            [reading.file, "not read", None, None, reading.error]
             if isinstance(reading, Failure)
             else [
                 reading.file,
@@ -338,11 +355,14 @@ def check_count(paths: list[str]) -> None:
 
 def _named(paths: Iterable[str]) -> list[tuple[str, Path]]:
     """Name each file; of several with one name, from several folders, the later ones are numbered."""
-    named, seen = [], Counter()
+    named, taken, seen = [], set(), Counter()
     for path in map(Path, paths):
-        seen[path.name] += 1
-        again = seen[path.name]
-        named.append((path.name if again == 1 else f"{path.stem} ({again}){path.suffix}", path))
+        name = path.name
+        while name in taken:
+            seen[path.name] += 1
+            name = f"{path.stem} ({seen[path.name] + 1}){path.suffix}"
+        taken.add(name)
+        named.append((name, path))
     return named
 
 
@@ -377,11 +397,12 @@ class Blocks(gr.Blocks):
     async def preprocess_data(self, block_fn: BlockFunction, inputs: list, *rest, **options) -> list:
         try:
             for path in paths_in(inputs):
-                # Of a folder Gradio would keep account as of a file, and fail for good when it comes to delete it.
-                if "://" not in path and not Path(path).is_file():
+                # Of a folder Gradio would keep account as of a file, and fail for good when it comes to delete it. What
+                # lies at an address it would fetch, of any size.
+                if not Path(path).is_file():
                     raise FileNotFoundError(path)
             return await super().preprocess_data(block_fn, inputs, *rest, **options)
-        except Exception as error:  # whatever a sender can bring about, an address that does not answer among it
+        except Exception as error:  # whatever a sender can bring about
             message = f"/{block_fn.api_name} got arguments that do not fit: {FITTING}"
             raise gr.Error(message, print_exception=False) from error
 
@@ -411,14 +432,9 @@ def build(page: Page, first: str) -> gr.Blocks:
                     gallery = gr.Gallery(
                         [(example.path, example.caption) for example in page.examples],
                         label="Examples",
-                        show_label=False,
-                        container=False,
                         columns=5,
-                        height="auto",
-                        allow_preview=False,
-                        interactive=False,
-                        buttons=[],
                         elem_id="examples",
+                        **GALLERY,
                     )
                 with gr.Column(scale=7, min_width=320):
                     shown = gr.CheckboxGroup(titles, value=list(MODEL_TITLES), label="Models shown")
@@ -444,6 +460,14 @@ def build(page: Page, first: str) -> gr.Blocks:
                     again = gr.Button("Read again with this", scale=1)
                 field = gr.File(
                     label="Fields of one specimen", file_count="multiple", elem_id="upload-field", height=170
+                )
+                gr.Markdown(FIELD_EXAMPLES_TEXT)
+                field_gallery = gr.Gallery(
+                    [(str(path), path.stem) for path in FIELDS],
+                    label="Examples of fields",
+                    columns=6,
+                    elem_id="field-examples",
+                    **GALLERY,
                 )
                 with gr.Row():
                     specimen_table = gr.File(
@@ -472,6 +496,7 @@ def build(page: Page, first: str) -> gr.Blocks:
         # Given here, handed over by the other tab, or taken out of the list: what is shown follows the list. Its change
         # is no such sign: where the other tab has filled it, it comes twice.
         gr.on([many.upload, many.delete, many.clear, handed.change], inputs=many, **read_many)
+        field_gallery.select(page.show_field_example, None, field, **select, **private)
         gr.on(
             [field.change, scale.submit, again.click],
             page.read_specimen,

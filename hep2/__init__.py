@@ -1,7 +1,7 @@
 """Reading HEp-2 cells: four models, their training and their verdict. The modules build on each other in this order:
 
-patterns, imaging, phantoms, data; augmentation, models, training, recipes; evaluation, weights, hub, explain, reader,
-refusal, fields, bulk, stress, pipeline, specimens, bench, views.
+patterns, imaging, phantoms, data; augmentation, inference, models, training, recipes; evaluation, weights, hub,
+explain, reader, refusal, segmentation, fields, bulk, uploads, stress, pipeline, specimens, peers, bench, views.
 """
 
 __version__ = "0.1.0"

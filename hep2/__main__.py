@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     classify.set_defaults(run=_classify)
 
     specimen = commands.add_parser("specimen", help="find and read the cells of whole slide fields of one specimen")
-    specimen.add_argument("fields", nargs="+", metavar="FIELD", help="image of many cells, bright on dark")
+    specimen.add_argument("fields", nargs="+", metavar="FIELD", help="image of many cells, or a folder of such")
     specimen.add_argument("--pixel-size", type=float, metavar="MICROMETRES", help="default: from the nuclei themselves")
     form = specimen.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object, with every cell")
@@ -85,9 +85,10 @@ def main(argv: list[str] | None = None) -> int:
     audit.add_argument("--json", action="store_true", help="one JSON object, with the name of every duplicate")
     audit.set_defaults(run=_audit)
 
-    phantoms = commands.add_parser("phantoms", help="make synthetic cells")
+    phantoms = commands.add_parser("phantoms", help="make synthetic cells, or fields")
     phantoms.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets a folder for each pattern")
     phantoms.add_argument("--count", type=int, default=5, help="cells of each pattern (default: 5)")
+    phantoms.add_argument("--fields", action="store_true", help="a whole field of each pattern in place of cells")
     phantoms.add_argument("--seed", type=int, default=0, help="the same seed makes the same cells (default: 0)")
     phantoms.set_defaults(run=_phantoms)
 
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # who reads the output has seen enough, as `head` has; what is left would fail at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"hep2: {error}", file=sys.stderr)
         return 1
 
@@ -195,6 +196,8 @@ def _classify_into(arguments: argparse.Namespace) -> int:
     # One process, or those of `accelerate launch`, each of which is given its card before the models go there.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     reader = Reader(_open_weights(arguments.weights))
+    if arguments.output.is_dir():
+        raise ValueError(f"--output {arguments.output} is a folder: give the name of a CSV file")
     if state.is_main_process:
         gather_parts(arguments.output, reader.weights)  # of a run that was killed
         forget_failures(arguments.output, reader.weights)
@@ -214,7 +217,7 @@ def _classify_into(arguments: argparse.Namespace) -> int:
         noun = "process" if state.num_processes == 1 else "processes"
         print(f"{total:,} images are in {arguments.output}, read by {state.num_processes} {noun}", file=sys.stderr)
         if failed:
-            print(f"hep2: {failed:,} of them could not be read: see the column error", file=sys.stderr)
+            print(f"hep2: {failed:,} in it could not be read: see the column error", file=sys.stderr)
     # A process that ended with an error would take those along that are not done.
     state.wait_for_everyone()
     status = int(failed > 0 and state.is_main_process)
@@ -223,15 +226,25 @@ def _classify_into(arguments: argparse.Namespace) -> int:
 
 
 def _specimen(arguments: argparse.Namespace) -> int:
+    from hep2.bulk import find_images
     from hep2.fields import check_pixel_size, draw_overlays, read_specimen, specimen_rows
     from hep2.imaging import read_intensity
     from hep2.reader import Reader
 
     check_pixel_size(arguments.pixel_size)
-    if arguments.overlay and arguments.overlay.is_dir():
-        raise ValueError(f"--overlay {arguments.overlay} is a folder: give the name of a PNG file")
+    paths, overlays = list(find_images(arguments.fields)), []
+    if overlay := arguments.overlay:
+        overlays = [overlay]
+        if len(paths) > 1:
+            overlays = [overlay.with_stem(f"{overlay.stem}-{number + 1}") for number in range(len(paths))]
+        given = {Path(path).resolve() for path in paths}
+        for drawn in overlays:
+            if drawn.is_dir():
+                raise ValueError(f"--overlay {drawn} is a folder: give the name of a PNG file")
+            if drawn.resolve() in given:
+                raise ValueError(f"--overlay would write over the field {drawn}: give another name")
     fields = []
-    for path in arguments.fields:
+    for path in paths:
         try:
             fields.append((path, *read_intensity(Path(path))))
         except (ValueError, OSError) as error:
@@ -243,12 +256,9 @@ def _specimen(arguments: argparse.Namespace) -> int:
         pixel_size=arguments.pixel_size,
         progress=lambda items, total, step: tqdm(items, step, total, disable=not sys.stderr.isatty()),
     )
-    if arguments.overlay:
-        intensities = (intensity for _, intensity, _ in fields)
-        for number, picture in enumerate(draw_overlays(specimen, intensities)):
-            path = arguments.overlay
-            if len(fields) > 1:
-                path = path.with_stem(f"{path.stem}-{number + 1}")
+    if overlays:
+        pictures = draw_overlays(specimen, (intensity for _, intensity, _ in fields))
+        for path, picture in zip(overlays, pictures, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path, "PNG")
     if arguments.json:
@@ -261,7 +271,7 @@ def _specimen(arguments: argparse.Namespace) -> int:
     else:
         print(specimen.verdict + (f" {specimen.probability:.1%}" if specimen.probability is not None else ""))
         if specimen.interval:
-            print("  between {:.1%} and {:.1%}, in 95 of 100 draws of as many cells".format(*specimen.interval))
+            print("  the mean over its cells; {:.1%} to {:.1%} in 95 of 100 draws of them".format(*specimen.interval))
         answer = specimen.as_dict()
         counts = [f"{name} {count}" for name, count in specimen.counts.items() if count]
         counts += [f"{answer[what]} {what}" for what in ("refused", "mitotic") if answer[what]]
@@ -361,8 +371,14 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 
 def _phantoms(arguments: argparse.Namespace) -> int:
-    from hep2.phantoms import phantom_files
+    from hep2.phantoms import phantom_fields, phantom_files
 
+    if arguments.fields:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        for pattern, image in phantom_fields(arguments.seed):
+            Image.fromarray(image).save(arguments.output / f"{pattern}.png")
+        print(f"a synthetic field of each of the {len(CLASS_NAMES)} patterns is in {arguments.output}")
+        return 0
     if arguments.count < 1:
         raise ValueError(f"--count is {arguments.count}: give 1 or more")
     for number, (_, image, pattern) in enumerate(phantom_files(arguments.count, arguments.seed)):

@@ -4,7 +4,7 @@ import csv
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from glob import escape
+from glob import escape, glob
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,10 +18,14 @@ _open = partial(open, newline="", encoding="utf-8", errors="surrogateescape")
 
 
 def find_images(paths: Iterable[str]) -> Iterator[str]:
-    """Yield files as they were named, and in place of a folder all images in it, however deep, in order of names."""
+    """Yield files as they were named, and in place of a folder all images in it, however deep, in order of names.
+
+    A pattern such as ``cells/*.png`` that no shell has replaced stands for the files that it fits.
+    """
     for path in paths:
-        if not Path(path).is_dir():
-            yield path
+        if not os.path.isdir(path):  # noqa: PTH112 (Path.is_dir fails for a name that is too long)
+            fitting = [] if os.path.lexists(path) else sorted(glob(path))  # noqa: PTH207 (it takes whole paths)
+            yield from fitting or [path]
             continue
         found = False
         for folder, folders, files in os.walk(path):
@@ -138,6 +142,7 @@ def parts_of(output: Path) -> list[Path]:
 
 def _undone(sources: Iterable[tuple[str, ImageSource]], done: set[str], bar: tqdm) -> Iterator[tuple[str, ImageSource]]:
     for name, source in sources:
+        name = name.replace("\r", "\\r").replace("\n", "\\n")  # a line of the table is a line of the file
         if name in done:
             bar.update()
         else:

@@ -70,7 +70,8 @@ def load_cells(dataset: str | Path = DEFAULT_DATASET) -> Cells:
     FileNotFoundError
         If the dataset is neither on the Hub nor a local folder.
     ValueError
-        If its columns or class names are not those of the HEp-2 dataset, or an image cannot be read.
+        If its columns or class names are not those of the HEp-2 dataset, or a cell has no label, or an image that
+        cannot be read.
     """
     cells = cells_from_files(dataset_files(dataset), source=str(dataset))
     # Where a copy lies says nothing of what it is.
@@ -84,7 +85,10 @@ def load_cells(dataset: str | Path = DEFAULT_DATASET) -> Cells:
 
 
 class CellFile(NamedTuple):
-    """An image of a dataset as it was published, and the part of the dataset's own split that it is in."""
+    """An image of a dataset as it was published, and the part of the dataset's own split that it is in.
+
+    `class_name` is empty where the dataset gives no label.
+    """
 
     name: str
     image: ImageSource
@@ -110,13 +114,16 @@ def dataset_files(dataset: str | Path) -> Iterator[CellFile]:
             raise ValueError(f"dataset {str(dataset)!r} has the classes {classes}; expected {list(CLASS_NAMES)}")
         for number, row in enumerate(rows.cast_column("image", datasets.Image(decode=False))):
             # Parquet files hold the bytes, and may hold no name; a folder of images holds paths.
-            image = row["image"]
+            image = row["image"] or {"bytes": None, "path": None}
             name = Path(image["path"] or "").name
             # A cell is known by its name: one that has none, or another's, is called by its place.
             if not name or name in names:
                 name = f"{part}-{number:06}" + (f"-{name}" if name else "")
             names.add(name)
-            yield CellFile(name, image["bytes"] or image["path"], classes[row["label"]], str(part))
+            # Without a label, which `datasets` writes as -1, a cell can still be read.
+            label = -1 if row["label"] is None else row["label"]
+            class_name = classes[label] if label >= 0 else ""
+            yield CellFile(name, image["bytes"] or image["path"] or b"", class_name, str(part))
 
 
 def count_cells(dataset: str | Path) -> int:
@@ -151,13 +158,15 @@ def cells_from_files(files: Iterable[CellFile], source: str) -> Cells:
     Raises
     ------
     ValueError
-        If there is none, or an image cannot be read; the message names it.
+        If there is none, or one has no label, or an image that cannot be read; the message names it.
     """
     files = sorted(files, key=lambda file: file.name)
     if not files:
         raise ValueError(f"{source}: there are no cells in it")
     images, digests = [], []
     for file in files:
+        if file.class_name not in CLASS_NAMES:
+            raise ValueError(f"{source}: {file.name} has no label: give it one of {CLASS_NAMES}, or take it out")
         try:
             intensity, _ = read_intensity(file.image)
             images.append(prepare(intensity))

@@ -16,9 +16,9 @@ def look(model: CNN | ViT, images: Tensor) -> tuple[Tensor, Tensor]:
 
     The maps tell what spoke for each image's verdict.
 
-    For the convolutional models the map is the class activation of the verdict (Zhou et al. 2016), which adds up to
-    its logit exactly, as the head is linear in the average. For the ViT it is the attention rolled out over the layers
-    (Abnar and Zuidema 2020): how much of each patch the head reads, whatever the class.
+    For the convolutional models the map is the class activation of the verdict (Zhou et al. 2016): where it adds to
+    its logit, as the head is linear in the average. What takes from it is left out. For the ViT it is the attention
+    rolled out over the layers (Abnar and Zuidema 2020): how much of each patch the head reads, whatever the class.
     """
     if isinstance(model, ViT):
         pooled, coarse = _attention(model, images)

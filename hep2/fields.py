@@ -20,7 +20,8 @@ LEAST_PROBABILITY = (
     0.4  # of a specimen's likeliest pattern, below which none stands out: of two that are mixed, one does
 )
 SECOND = 0.2  # of the pooled probability, at the lower end of its interval, that makes a second pattern real
-CONDENSED = 1.6  # times the median brightness of the brightest fifth of a cell, from which it is taken as mitotic
+CONDENSED = 1.6  # times the median brightness of the brightest fifth of a cell, from which it is taken as mitotic,
+CONDENSED_SPREADS = 2  # if it also stands out by so many spreads: nucleoli are of very unlike brightness
 FEW = 10  # cells, below which a verdict says that it rests on few
 RESAMPLES = 1000
 PIXEL_SIZES = (0.02, 1.0)  # micrometres, in the specimen: from an oversampled 100x objective to a 10x
@@ -121,25 +122,24 @@ def read_specimen(
         remark = "the image is no larger than one cell is: give it as a cell, not as a field"
         return SpecimenReading(files=names, cells=[], weights=reader.origin, verdict=NO_CELLS, warnings=[remark])
     found = [find_cells(field, pixel_size) for _, field, _ in progress(fields, len(fields), "Finding cells")]
-    warnings = [note for (_, _, notes), one in zip(fields, found, strict=True) for note in (*notes, *one.notes)]
+    warnings = [
+        note if len(fields) == 1 else f"{name}: {note}"
+        for (name, _, notes), one in zip(fields, found, strict=True)
+        for note in (*notes, *one.notes)
+    ]
     placed, crops = [], []
     for number, ((_, intensity, _), one) in enumerate(zip(fields, found, strict=True)):
-        for cell in one.cells:
+        for cell, mitotic in zip(one.cells, in_mitosis(one), strict=True):
             try:
                 crops.append(crop(intensity, cell, one.nucleus))
             except ImageError:  # a crop without any light
                 continue
-            placed.append((number, cell))
+            placed.append((number, cell, mitotic))
     cells = [(f"cell {number + 1}", Cell(pixels, ())) for number, pixels in enumerate(crops)]
     readings = list(progress((read_cells or reader.read_cells)(cells), len(cells), "Reading cells"))
-    # Fields of one specimen may differ in exposure: cells in mitosis are bright among those of their own field.
-    condensed = np.zeros(len(placed), bool)
-    for number in range(len(fields)):
-        own = [position for position, (place, _) in enumerate(placed) if place == number]
-        condensed[own] = _condensed([placed[position][1] for position in own])
     read = [
-        CellReading(field=number, found=cell, reading=reading, mitotic=bool(mitotic))
-        for (number, cell), reading, mitotic in zip(placed, readings, condensed, strict=True)
+        CellReading(field=number, found=cell, reading=reading, mitotic=mitotic)
+        for (number, cell, mitotic), reading in zip(placed, readings, strict=True)
     ]
     faint = all(_is_faint(intensity, one) for (_, intensity, _), one in zip(fields, found, strict=True))
     # A field without cells says nothing of how they are stained.
@@ -156,12 +156,18 @@ def read_specimen(
     return SpecimenReading(files=names, cells=read, weights=reader.origin, **pooled)
 
 
-def _condensed(cells: list[FoundCell]) -> list[bool]:
-    """Tell cells in mitosis by their chromatin, packed and so brighter than the others', where it stains."""
-    if len(cells) < 5:
-        return [False] * len(cells)
-    usual = np.median([cell.peak for cell in cells])
-    return [bool(cell.peak > CONDENSED * usual) for cell in cells]
+def in_mitosis(found: FoundField) -> list[bool]:
+    """Tell which cells of a field are in mitosis, by their chromatin: packed, and so brighter than the others'.
+
+    Fields of one specimen may differ in exposure, so a cell is compared with those of its own field. Where the stain
+    lies outside the nuclei, no chromatin shines.
+    """
+    if len(found.cells) < 5 or found.hollow:
+        return [False] * len(found.cells)
+    peaks = np.log([max(cell.peak, 1e-9) for cell in found.cells])
+    above = peaks - np.median(peaks)
+    spread = 1.4826 * np.median(abs(above))  # the standard deviation, but for those that stand out
+    return ((above > np.log(CONDENSED)) & (above > CONDENSED_SPREADS * spread)).tolist()
 
 
 def _is_faint(intensity: np.ndarray, found: FoundField) -> bool:
@@ -201,7 +207,9 @@ def _pool(cells: list[CellReading], faint: bool, stained: float, hollow: bool) -
     values = np.stack([cell.reading.probabilities["ensemble"] for cell in counted])  # (cells, 6)
     mean = values.mean(0)
     random = np.random.default_rng(0)
-    draws = values[random.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)  # (resamples, 6)
+    # How often each resample draws each cell: (resamples, cells), which takes less memory than the drawn cells.
+    often = random.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES)
+    draws = often @ values / len(values)  # (resamples, 6)
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     first, next_one = mean.argsort()[::-1][:2]
     # In single cells mitochondria pass for a nuclear membrane. That the nuclei are dark, the whole field tells better.

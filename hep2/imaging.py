@@ -4,11 +4,13 @@ Training, evaluation, page, API and command line all come through `load_cell`: o
 """
 
 import io
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
+import imagecodecs
 import numpy as np
 import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -28,6 +30,17 @@ LEAST_DETAIL = -2.8
 CHANNEL_NAMES = ("red", "green", "blue")
 
 TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+ENOUGH_PIXELS = 1_000_000  # to tell by which channel holds the fluorescence: of a larger image, one in so many is asked
+# What the orientation of a TIFF or EXIF asks for, of (rows, columns, …).
+ORIENTATIONS = {
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: image.swapaxes(0, 1)[:, ::-1],
+    7: lambda image: image.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda image: image.swapaxes(0, 1)[::-1],
+}
 
 # Travels with the weights: weights made under other settings refuse to load.
 PREPROCESSING = {
@@ -53,6 +66,13 @@ class Cell:
     warnings: tuple[str, ...]
 
 
+class _Decoded(NamedTuple):
+    """Pixels (rows, columns) or (rows, columns, channels), and whether the last channel is alpha."""
+
+    pixels: np.ndarray
+    has_alpha: bool
+
+
 def load_cell(source: ImageSource) -> Cell:
     """Read an image and prepare it for the models.
 
@@ -60,7 +80,8 @@ def load_cell(source: ImageSource) -> Cell:
     ----------
     source
         A path, the bytes of a file, an open binary file, a Pillow image, or an array of shape (rows, columns) or
-        (rows, columns, channels), of integers, booleans or floats of any range.
+        (rows, columns, channels), of integers, booleans or floats of any range, of which float32 keeps 24 bits. Of two
+        or four channels of an array the last is alpha.
 
     Raises
     ------
@@ -92,12 +113,12 @@ def read_intensity(source: ImageSource) -> tuple[np.ndarray, list[str]]:
     """
     notes: list[str] = []
     if isinstance(source, np.ndarray):
-        array = source
+        decoded = _Decoded(source, has_alpha=source.ndim == 3 and source.shape[2] in (2, 4))
     elif isinstance(source, Image.Image):
-        array = _array(source, notes)
+        decoded = _array(source, notes)
     else:
-        array = _decode(source, notes)
-    return _one_channel(array, notes), notes
+        decoded = _decode(source, notes)
+    return _one_channel(decoded, notes), notes
 
 
 def prepare(intensity: np.ndarray) -> np.ndarray:
@@ -130,7 +151,7 @@ def prepare(intensity: np.ndarray) -> np.ndarray:
     return cell
 
 
-def _decode(source: str | Path | bytes | BinaryIO, notes: list[str]) -> np.ndarray:
+def _decode(source: str | Path | bytes | BinaryIO, notes: list[str]) -> _Decoded:
     if isinstance(source, (str, Path)):
         path = Path(source)
         if path.is_dir():
@@ -154,44 +175,64 @@ def _decode(source: str | Path | bytes | BinaryIO, notes: list[str]) -> np.ndarr
     except Image.DecompressionBombError as error:
         raise ImageError(f"the image has more than {MAX_PIXELS:,} pixels: cut out a smaller part") from error
     except Exception as error:  # damaged files make decoders raise anything, TypeError and ZeroDivisionError included
-        reason = str(error) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(
             f"the image is truncated or damaged ({reason}); save it again and give the whole file"
         ) from error
 
 
-def _decode_bytes(data: bytes, notes: list[str]) -> np.ndarray:
+def _decode_bytes(data: bytes, notes: list[str]) -> _Decoded:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         if data[:4] in TIFF_BEGINNINGS:
             return _decode_tiff(data, notes)
         raise
-    if image.format == "TIFF" and _is_deep_colour(image):
+    # Pillow reads colours of more than 8 bits at 8, where a faint signal would vanish, and of deep grey TIFFs it reads
+    # some wrongly.
+    if image.format == "TIFF" and (max(image.tag_v2.get(258, (1,))) > 8 or image.tag_v2.get(339, (1,))[0] != 1):
         return _decode_tiff(data, notes)
+    if image.format == "PNG" and data[24] > 8 and data[25] != 0:  # bit depth, and a colour type that is not grey
+        _check_size(image.height, image.width)
+        pixels = _turned(imagecodecs.png_decode(data), image.getexif().get(274, 1))
+        return _Decoded(pixels, has_alpha=data[25] in (4, 6))
     return _array(image, notes)
 
 
-def _is_deep_colour(image: Image.Image) -> bool:
-    # Pillow reads colour TIFFs of more than 8 bits at 8, and a faint 16-bit signal would vanish.
-    bits = image.tag_v2.get(258, (1,))
-    return len(bits) > 1 and max(bits) > 8
-
-
-def _decode_tiff(data: bytes, notes: list[str]) -> np.ndarray:
+def _decode_tiff(data: bytes, notes: list[str]) -> _Decoded:
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         page = tiff.pages[0]
         _check_size(page.imagelength, page.imagewidth)
+        if page.is_tiled:
+            _check_size(page.tilelength, page.tilewidth)
         if page.size > 4 * MAX_PIXELS:
             raise ImageError(f"the TIFF's first page has {page.size:,} values; give one image of at most four channels")
+        if page.photometric in (tifffile.PHOTOMETRIC.SEPARATED, tifffile.PHOTOMETRIC.PALETTE):
+            kind = page.photometric.name.lower()
+            raise ImageError(f"a TIFF of more than 8 bits in {kind} colours cannot be read; save it as grey or RGB")
         if len(tiff.pages) > 1:
             notes.append(f"the file has {len(tiff.pages)} frames: only the first was read")
         array = page.asarray()
-    # Planar files keep the channels first.
-    return np.moveaxis(array, 0, -1) if array.ndim == 3 and page.axes.startswith("S") else array
+        if array.ndim == 3 and page.axes.startswith("S"):  # planar files keep the channels first
+            array = np.moveaxis(array, 0, -1)
+        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+            array = _full(array.dtype) - array
+        array = _turned(array, page.tags.valueof(274, 1))
+        if page.photometric == tifffile.PHOTOMETRIC.RGB and page.extrasamples == (0,):  # nobody knows what for
+            array = array[..., :3]
+        return _Decoded(array, has_alpha=bool(set(page.extrasamples) & {1, 2}))
 
 
-def _array(image: Image.Image, notes: list[str]) -> np.ndarray:
+def _turned(array: np.ndarray, orientation: int) -> np.ndarray:
+    return ORIENTATIONS.get(orientation, lambda image: image)(array)
+
+
+def _full(dtype: np.dtype) -> int | float:
+    """Return the value of full light, or opacity, in pixels of a type."""
+    return np.iinfo(dtype).max if dtype.kind in "iu" else 1.0
+
+
+def _array(image: Image.Image, notes: list[str]) -> _Decoded:
     _check_size(image.height, image.width)
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
@@ -204,7 +245,7 @@ def _array(image: Image.Image, notes: list[str]) -> np.ndarray:
         image = image.convert("RGB")
     elif image.mode in ("1", "PA", "La", "RGBa"):
         image = image.convert({"1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}[image.mode])
-    return np.asarray(image)
+    return _Decoded(np.asarray(image), has_alpha=image.mode in ("LA", "RGBA"))
 
 
 def _check_size(rows: int, columns: int) -> None:
@@ -214,40 +255,44 @@ def _check_size(rows: int, columns: int) -> None:
         )
 
 
-def _one_channel(array: np.ndarray, notes: list[str]) -> np.ndarray:
-    """Reduce (rows, columns[, channels]) to the channel that holds the fluorescence, as float32."""
+def _one_channel(decoded: _Decoded, notes: list[str]) -> np.ndarray:
+    """Reduce pixels to the channel that holds the fluorescence, float32 (rows, columns)."""
+    array, has_alpha = decoded
     if array.dtype.kind not in "buif":
         raise ImageError(f"pixels of type {array.dtype} cannot be read; give integers or floats")
     if array.ndim not in (2, 3) or array.size == 0:
         raise ImageError(
             f"an array of shape {array.shape} is no image; give (rows, columns) or (rows, columns, channels)"
         )
-    _check_size(*array.shape[:2])
-    full = np.iinfo(array.dtype).max if array.dtype.kind in "iu" else 1.0
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all():
+    rows, columns = array.shape[:2]
+    _check_size(rows, columns)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ImageError("the image holds NaN or infinite values; replace them and give it again")
     if array.ndim == 2:
-        return array
-    channels = array.shape[2]
+        return np.ascontiguousarray(array, dtype=np.float32)
+    channels = array.shape[2] - has_alpha
     if channels not in (1, 2, 3, 4):
-        raise ImageError(f"the image has {channels} channels; give grey, grey with alpha, RGB or RGBA")
-    if channels in (2, 4):
-        alpha = array[..., -1:] / full
-        if (alpha < 1).any():
+        raise ImageError(f"the image has {channels} channels; give grey or up to four colours, with or without alpha")
+    opacity = np.float32(1)
+    if has_alpha:
+        opacity = array[..., -1] / np.float32(_full(array.dtype))
+        if (opacity < 1).any():
             notes.append("the image is partly transparent: it was laid on black")
-        array = array[..., :-1] * alpha
     # A fluorophore lights one channel. Luminance weights would scale it down unevenly, so the channel with the
     # largest spread is read as it is.
-    low, high = np.quantile(array, PREPROCESSING["quantiles"], axis=(0, 1))
+    step = math.ceil(math.sqrt(rows * columns / ENOUGH_PIXELS))
+    sample = np.moveaxis(array[::step, ::step, :channels], -1, 0).astype(np.float32)  # (channels, rows, columns)
+    sample *= opacity[::step, ::step] if has_alpha else 1
+    low, high = np.quantile(sample, PREPROCESSING["quantiles"], axis=(1, 2))
     spread = high - low
     best = int(spread.argmax())
-    for other in range(array.shape[2]):
+    for other in range(channels):
         bright = other != best and spread[other] > 0.25 * spread[best]
-        if bright and np.corrcoef(array[..., best].ravel(), array[..., other].ravel())[0, 1] < 0.9:
-            notes.append(f"the image has several colours: only {CHANNEL_NAMES[best]} was read")
+        if bright and np.corrcoef(sample[best].ravel(), sample[other].ravel())[0, 1] < 0.9:
+            name = CHANNEL_NAMES[best] if channels == 3 else f"channel {best + 1}"
+            notes.append(f"the image has several colours: only {name} was read")
             break
-    return np.ascontiguousarray(array[..., best])
+    return np.ascontiguousarray(array[..., best] * opacity, dtype=np.float32)
 
 
 def fine_detail(pixels: np.ndarray) -> float:

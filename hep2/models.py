@@ -16,7 +16,7 @@ CLASSES = len(CLASS_NAMES)
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Turn logits (batch, classes) into probabilities: the only softmax of the package."""
+    """Turn logits (batch, classes) into probabilities: the only softmax over classes in the package."""
     return torch.softmax(logits.float() / temperature, dim=-1)
 
 
@@ -129,6 +129,9 @@ class ViTConfig:
             raise ValueError(f"stem_widths is {self.stem_widths}: give two widths, or none for no stem")
         if self.stem_widths and self.patch_size % 2:
             raise ValueError(f"patch_size {self.patch_size} is odd, but the stem halves the image: set stem_widths=()")
+        sizes = {"width": self.width, "depth": self.depth, "heads": self.heads}
+        if wrong := {name: size for name, size in sizes.items() if not isinstance(size, int) or size < 1}:
+            raise ValueError(f"{wrong}: give positive whole numbers")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} cannot be shared out among {self.heads} heads")
         if self.pooling not in ("class token", "class token + mean"):

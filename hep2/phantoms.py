@@ -340,3 +340,10 @@ def phantom_files(count: int, seed: int = 0) -> Iterator[tuple[str, np.ndarray, 
             # A generator for each cell: asking for more cells leaves the first ones as they were.
             random = np.random.default_rng((seed, position, number))
             yield f"{pattern}-{number + 1:05d}.png", phantom_cell(pattern, random), pattern
+
+
+def phantom_fields(seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (class name, field) for one small field of every pattern, uint8 of (600, 800), fixed by the seed."""
+    for position, pattern in enumerate(CLASS_NAMES):
+        random = np.random.default_rng((seed, position))
+        yield pattern, phantom_field(pattern, random, shape=(600, 800), nucleus=70.0)[0]

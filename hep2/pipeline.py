@@ -323,7 +323,10 @@ def held_out_examples(
 
     The names are those of the published files, as PNG.
     """
-    test, random = own_split(weights, cells).test, np.random.default_rng(_trained(weights)["seed"])
+    parts, random = own_split(weights, cells), np.random.default_rng(_trained(weights)["seed"])
+    # The protocol `paper` has duplicates on both sides.
+    seen = {cells.digests[position] for position in (*parts.train, *parts.validation)}
+    test = np.array([position for position in parts.test if cells.digests[position] not in seen])
     chosen = [
         random.permutation(test[cells.labels.numpy()[test] == label])[:per_class] for label in range(len(CLASS_NAMES))
     ]
@@ -332,13 +335,21 @@ def held_out_examples(
     for published in dataset_files(dataset):
         if published.name in names:
             intensity, _ = read_intensity(published.image)
-            if intensity.max() <= 1:  # floats
-                intensity = 255 * intensity
             file = io.BytesIO()
-            Image.fromarray(intensity.astype(np.uint16 if intensity.max() > 255 else np.uint8)).save(file, "PNG")
+            Image.fromarray(_whole_numbers(intensity)).save(file, "PNG")
             name = published.name if published.name.lower().endswith(".png") else f"{published.name}.png"
             examples[name] = (published.class_name, file.getvalue())
     return examples
+
+
+def _whole_numbers(intensity: np.ndarray) -> np.ndarray:
+    """Turn an image of any range into 8 bits where they are enough, else 16; what fits neither is scaled into them."""
+    low, high = float(intensity.min()), float(intensity.max())
+    if low < 0 or high > 65535:
+        intensity, high = 65535 * (intensity.astype(np.float64) - low) / (high - low), 65535
+    elif high <= 1:
+        intensity, high = 255 * intensity, 255
+    return intensity.astype(np.uint16 if high > 255 else np.uint8)
 
 
 def check_unseen(weights: Weights, cells: Cells, test: np.ndarray) -> None:

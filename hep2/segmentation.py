@@ -205,9 +205,12 @@ def _shrunk(intensity: np.ndarray, scale: float) -> np.ndarray:
 
 def _ground(picture: np.ndarray, across: float) -> np.ndarray:
     """Return the ground, uneven as it is: what is left when everything narrower than `across` is taken away."""
-    coarse = transform.downscale_local_mean(picture, (4, 4))
+    # Whole blocks, lest the last ones be filled up with darkness.
+    padded = np.pad(picture, [(0, -side % 4) for side in picture.shape], mode="edge")
+    coarse = transform.downscale_local_mean(padded, (4, 4))
     ground = ndimage.grey_opening(ndimage.gaussian_filter(coarse, 1), size=2 * int(across / 8) + 1)
-    return transform.resize(ndimage.gaussian_filter(ground, across / 13), picture.shape, order=1, preserve_range=True)
+    ground = transform.resize(ndimage.gaussian_filter(ground, across / 13), padded.shape, order=1, preserve_range=True)
+    return ground[: picture.shape[0], : picture.shape[1]]
 
 
 class _Bright(NamedTuple):

@@ -71,7 +71,18 @@ def measure_robustness(weights: Weights, images: list[np.ndarray], labels: np.nd
 
     `images` are the cells as published, (78, 78), 0 to 255; `labels` int (cells,). Returns for each change the
     accuracy of each model and the share of cells refused.
+
+    Raises
+    ------
+    ValueError
+        If the cells are of another size or range.
     """
+    for image in images:
+        if image.shape != (IMAGE_SIZE, IMAGE_SIZE) or image.min() < 0 or image.max() > 255:
+            raise ValueError(
+                f"a cell has {image.shape[0]} x {image.shape[1]} pixels from {image.min():g} to {image.max():g}: only "
+                f"cells of {IMAGE_SIZE} x {IMAGE_SIZE} pixels and 8 bits can be spoilt as a microscope would"
+            )
     table = {}
     for change, apply in CHANGES.items():
         random = np.random.default_rng(seed)

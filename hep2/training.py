@@ -72,8 +72,12 @@ class Recipe:
             raise ValueError("augmentation='paper' shows each cell in six rotations: it draws no cells by their class")
         if self.specimen_supervision and self.class_balance != "none":
             raise ValueError("with specimen_supervision each specimen is a class: set class_balance='none'")
-        if self.nuclear_stain and self.augmentation != "tuned":
-            raise ValueError("nuclear_stain is a part of augmentation='tuned': choose that")
+        tuned = (*_OF_THE_AUGMENTATION, "nuclear_stain")
+        idle = [
+            field.name for field in fields(self) if field.name in tuned and getattr(self, field.name) != field.default
+        ]
+        if idle and self.augmentation != "tuned":
+            raise ValueError(f"{', '.join(idle)}: a part of augmentation='tuned'; choose that, or leave it out")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience is {self.patience}: give one epoch or more, or None")
         if self.style_mixing and self.specimen_supervision:
@@ -313,9 +317,12 @@ class _Run:
             }
             torch.save(self.state | tensors | {"identity": self.identity}, content)
             write_atomically(self.directory / "checkpoint.pt", content.getvalue())
-            lines = "".join(json.dumps(record) + "\n" for record in self.state["history"])
-            write_atomically(self.directory / "log.jsonl", lines.encode())
+            self.write_log()
         self.accelerator.wait_for_everyone()
+
+    def write_log(self) -> None:
+        lines = "".join(json.dumps(record) + "\n" for record in self.state["history"])
+        write_atomically(self.directory / "log.jsonl", lines.encode())
 
     def restore(self) -> None:
         path = self.directory / "checkpoint.pt"
@@ -343,6 +350,8 @@ class _Run:
         elif self.averaged is not None:
             model.load_state_dict(self.averaged.module.state_dict())
         model.eval()
+        if self.accelerator.is_main_process:
+            self.write_log()  # a run that was killed between its last checkpoint and its log comes by here alone
 
 
 class _MovingAverage(AveragedModel):

@@ -228,8 +228,8 @@ def _results_table(weights: Weights) -> str:
         rows += f'<tr><th scope="row">{title}</th>{cells}</tr>'
     columns = [*fields.values(), *fields.values(), *list(fields.values())[:3]]
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
-    return f"""<table><caption>Mean class is the mean of the classes' recalls; ECE is the expected
-calibration error, of which less is better.</caption>
+    return f"""<table><caption><span>Mean class is the mean of the classes' recalls; ECE is the expected
+calibration error, of which less is better.</span></caption>
 <thead><tr><td></td><th scope="colgroup" colspan="4">random split</th><th scope="colgroup" colspan="4">held-out
 specimens</th><th scope="colgroup" colspan="3">the source, random split</th></tr><tr><td></td>{head}</tr></thead>
 <tbody>{rows}</tbody></table>"""
@@ -258,9 +258,8 @@ def _details(weights: Weights, name: str) -> str:
     tables = figures = ""
     if result:
         tables = f'<div class="scroll">{_class_table(result)}</div><div class="scroll">{_confusion_table(result)}</div>'
-        if "reliability" in result:
-            alt = f"{title}: share of right verdicts against their probability, ECE {result['ece']:.4f}"
-            figures = _plate(draw_reliability(result, title), alt)
+        alt = f"{title}: share of right verdicts against their probability, ECE {result['ece']:.4f}"
+        figures = _plate(draw_reliability(result, title), alt)
     specimen = weights.metrics.get("specimen", {}).get("models", {}).get(name)
     if specimen:
         alt = f"{title} on held-out specimens: share of right verdicts, ECE {specimen['ece']:.4f}"
@@ -284,7 +283,8 @@ def _class_table(result: dict) -> str:
         for label, row in result["per_class"].items()
     )
     head = "".join(f'<th scope="col">{column}</th>' for column in ("precision", "recall", "F1", "cells"))
-    return f"<table><caption>By class</caption><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"""<table><caption><span>By class</span></caption><thead><tr><td></td>{head}</tr></thead>
+<tbody>{rows}</tbody></table>"""
 
 
 def _confusion_table(result: dict) -> str:
@@ -297,7 +297,7 @@ def _confusion_table(result: dict) -> str:
             shade = 100 * (count / max(1, sum(counts))) ** 0.4
             cells += f'<td style="background:color-mix(in srgb, #0072B2 {0.45 * shade:.0f}%, transparent)">{count}</td>'
         rows += f'<tr><th scope="row">{label}</th>{cells}</tr>'
-    return f"""<table class="confusion"><caption>Confusion: rows are labels, columns are verdicts</caption>
+    return f"""<table class="confusion"><caption><span>Confusion: rows are labels, columns are verdicts</span></caption>
 <thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>"""
 
 

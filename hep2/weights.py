@@ -228,12 +228,18 @@ def _are_figures(figures: object) -> bool:
     if not _are_numbers(figures, ("accuracy", "mean_class_accuracy", "macro_f1", "ece")):
         return False
     classes, confusion = figures.get("per_class"), figures.get("confusion")
+    bins = figures.get("reliability")
+    if not isinstance(bins, list) or not all(_are_numbers(row, ("probability", "accuracy", "cells")) for row in bins):
+        return False
     if not isinstance(classes, dict) or list(classes) != list(CLASS_NAMES):
         return False
     if not all(_are_numbers(row, ("precision", "recall", "f1", "support")) for row in classes.values()):
         return False
-    square = isinstance(confusion, list) and [len(row) if isinstance(row, list) else 0 for row in confusion]
-    return square == [len(CLASS_NAMES)] * len(CLASS_NAMES)
+    if not isinstance(confusion, list) or not all(isinstance(row, list) for row in confusion):
+        return False
+    counts = [count for row in confusion for count in row]
+    square = [len(row) for row in confusion] == [len(CLASS_NAMES)] * len(CLASS_NAMES)
+    return square and all(isinstance(count, int) for count in counts)
 
 
 def _are_numbers(values: object, keys: Iterable[str]) -> bool:
@@ -286,6 +292,8 @@ def _read_config(path: Path, name: str) -> dict:
     for field, needed in (("training", TRAINING_FIELDS), ("architecture", set())):
         if not isinstance(config[field], dict) or not needed <= set(config[field]):
             raise ValueError(f"{path}: {field} is {config[field]!r}, expected an object with {sorted(needed)}")
+    if not isinstance(config["training"].get("seconds", 0), (int, float)):
+        raise ValueError(f"{path}: training.seconds is {config['training']['seconds']!r}, expected a number")
     settings = config["training"].get("settings", {})  # from which curves take their labels
     changes = settings.get("finish_changes") if isinstance(settings, dict) else None
     for field, value in (("settings", settings), ("settings.finish_changes", changes or {})):

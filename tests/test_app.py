@@ -158,6 +158,7 @@ def check_answer(name: str, error: str | None, answer: dict) -> None:
         [{"path": "/tmp/gradio/../../etc/passwd", "meta": {"_type": "gradio.FileData"}}],
         [{"path": "http://127.0.0.1:9/cell.png", "meta": {"_type": "gradio.FileData"}}],
         [{"path": "http://localhost/cell.png", "url": "http://[::1]/", "meta": {"_type": "gradio.FileData"}}],
+        [{"path": "https://example.org/cell.png", "meta": {"_type": "gradio.FileData"}}],
         [{"path": "file:///etc/passwd", "meta": {"_type": "gradio.FileData"}}],
     ],
     ids=str,
@@ -185,6 +186,12 @@ def test_more_than_one_request_may_hold_is_refused_with_the_bound(monkeypatch):
     monkeypatch.setattr(app, "MOST_PIXELS", 2 * 78 * 78)
     assert len(app.fields_of(["examples/Golgi/1.png"] * 2, None)) == 2
     assert "million pixels: give fewer" in app.fields_of(["examples/Golgi/1.png"] * 3, None).error
+
+
+def test_no_two_images_of_one_request_have_one_name():
+    names = [name for name, _ in app._named(["x/a.png", "y/a.png", "z/a (2).png", "w/a.png", "b.png"])]
+    assert len(set(names)) == 5
+    assert names[:2] == ["a.png", "a (2).png"]
 
 
 def test_no_image_and_superfluous_arguments_are_answered(web):

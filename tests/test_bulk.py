@@ -53,6 +53,17 @@ def test_find_images_goes_through_folders_in_order_and_leaves_named_files(folder
         "slide 1/bad.TIF",
     ]
     assert list(find_images(["a.txt", "b"])) == ["a.txt", "b"]
+    too_long = "a" * 300 + ".png"
+    assert list(find_images([too_long, str(folder / "slide 0" / "[02].png")])) == [
+        too_long,
+        *map(
+            str,
+            [
+                folder / "slide 0" / "0.png",
+                folder / "slide 0" / "2.png",
+            ],
+        ),
+    ]
 
 
 def test_read_into_reads_a_cell_that_is_named_twice_once(reader, folder, tmp_path):
@@ -60,6 +71,16 @@ def test_read_into_reads_a_cell_that_is_named_twice_once(reader, folder, tmp_pat
     first = sources(folder)[0]
     read_into(reader, [first, *sources(folder), first], table, progress=False)
     assert [row["file"] for row in rows_of(table)] == [name for name, _ in sources(folder)]
+
+
+def test_read_into_goes_on_with_names_that_hold_line_breaks(reader, folder, tmp_path):
+    table = tmp_path / "table.csv"
+    odd = [(f"{number}\r\nb\n.png", image) for number, (_, image) in enumerate(sources(folder)[:3])]
+    read_into(reader, odd[:2], table, progress=False)
+    with open(table, "rb+") as file:  # killed within the second line
+        file.truncate(table.stat().st_size - 10)
+    read_into(reader, odd, table, progress=False)
+    assert [row["file"] for row in rows_of(table)] == [f"{number}\\r\\nb\\n.png" for number in range(3)]
 
 
 def test_read_into_goes_on_with_a_table_that_holds_a_blank_line(reader, folder, tmp_path):

@@ -96,6 +96,13 @@ def test_examples_are_what_the_generator_makes(tmp_path, capsys):
             np.testing.assert_array_equal(made, kept)
 
 
+def test_example_fields_are_what_the_generator_makes(tmp_path, capsys):
+    assert main(["phantoms", "--fields", "--output", str(tmp_path), "--seed", "1"]) == 0
+    for name in CLASS_NAMES:
+        made, kept = (np.asarray(Image.open(f"{root}/{name}.png")) for root in (tmp_path, "examples/fields"))
+        np.testing.assert_array_equal(made, kept)
+
+
 def test_phantoms_of_no_cells_is_an_error(tmp_path, capsys):
     assert main(["phantoms", "--output", str(tmp_path), "--count", "0"]) == 1
     assert "--count is 0" in capsys.readouterr().err

@@ -166,6 +166,18 @@ def test_dataset_files_names_every_cell_once_and_counts_them(tmp_path):
     assert {"train-000000", "1.png", "test-000001-1.png"} <= set(names)
 
 
+def test_a_cell_without_a_label_can_be_read_but_not_learned_from(tmp_path):
+    folder = local_dataset(tmp_path / "whole")
+    path = next((folder / "data").glob("test-*"))
+    rows = datasets.Dataset.from_parquet(str(path)).cast_column("image", datasets.Image(decode=False)).to_list()
+    rows[0]["label"], rows[1]["label"] = -1, None
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASS_NAMES))})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    assert [file.class_name for file in dataset_files(folder)].count("") == 2
+    with pytest.raises(ValueError, match="has no label: give it one of"):
+        load_cells(folder)
+
+
 def test_load_cells_wants_labels_with_names(tmp_path):
     rows = {"image": [np.zeros((8, 8), np.uint8)], "label": [0]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})

@@ -11,12 +11,14 @@ from conftest import FIELD_SHAPE as SHAPE
 from conftest import field_of
 from PIL import Image
 
+from benchmarks.fields import overlap
 from hep2.__main__ import main
-from hep2.fields import NEGATIVE, NO_CELLS, NO_PATTERN, _pool, draw_overlay, read_specimen
+from hep2.fields import NEGATIVE, NO_CELLS, NO_PATTERN, _pool, draw_overlay, in_mitosis, read_specimen
 from hep2.imaging import read_intensity
 from hep2.patterns import CLASS_NAMES
 from hep2.phantoms import OTHER_STAINS, phantom_cell, phantom_field
 from hep2.reader import Reader
+from hep2.segmentation import find_cells
 from hep2.weights import load_weights
 
 
@@ -58,6 +60,25 @@ def test_read_specimen_takes_any_units_and_fields_of_unlike_exposure(reader):
         assert (answer.verdict, answer.counts) == (plain.verdict, plain.counts)
     both = read_specimen(reader, [("a", image, []), ("b", image * 257, [])]).as_dict()
     assert both["mitotic"] == 2 * plain.as_dict()["mitotic"]
+
+
+def test_read_specimen_names_the_field_that_a_note_is_of(reader):
+    image, _ = field_of("NuMem", density=0.3)
+    answer = read_specimen(reader, [("a.tif", image, []), ("b.tif", image, ["the file has 2 frames"])])
+    assert "b.tif: the file has 2 frames" in answer.warnings
+
+
+def test_in_mitosis_is_who_stands_out_by_packed_chromatin_and_no_bright_nucleolus_or_golgi():
+    told = {True: 0, False: 0}
+    for pattern, seeds in {"Nucleolar": (1, 4, 7), "Golgi": (2, 4), "Speckled": (0, 1)}.items():
+        for seed in seeds:
+            image, cells = field_of(pattern, seed, shape=(700, 900), nucleus=65.0)
+            found = find_cells(image)
+            for cell, mitotic in zip(found.cells, in_mitosis(found), strict=True):
+                if mitotic:
+                    told[any(one.mitotic and overlap(cell.bbox, one.bbox) > 0.3 for one in cells)] += 1
+    assert told[True] > 5
+    assert told[False] == 0
 
 
 def test_read_specimen_is_not_put_off_by_a_field_without_cells(reader):
@@ -172,6 +193,20 @@ def test_specimen_command_prints_words_json_and_a_table(tmp_path, capsys):
     assert main(["specimen", str(path), str(path), "--overlay", str(overlay)]) == 0
     assert capsys.readouterr().out.startswith("Nucleolar ")
     assert (tmp_path / "out" / "overlay-2.png").exists()
+
+
+def test_specimen_command_takes_a_folder_and_writes_over_no_field(tmp_path, capsys):
+    image, _ = field_of("NuMem", density=0.3)
+    fields = [tmp_path / f"field-{number}.png" for number in (1, 2)]
+    for path in fields:
+        Image.fromarray(image.astype(np.uint8)).save(path)
+    before = [path.read_bytes() for path in fields]
+    for given, overlay in ((fields[0], fields[0]), (tmp_path, tmp_path / "field.png")):
+        assert main(["specimen", str(given), "--overlay", str(overlay)]) == 1
+        assert "would write over the field" in capsys.readouterr().err
+    assert [path.read_bytes() for path in fields] == before
+    assert main(["specimen", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"] == list(map(str, fields))
 
 
 @pytest.mark.parametrize(

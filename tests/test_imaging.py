@@ -1,6 +1,8 @@
 import contextlib
 import io
+import tracemalloc
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -84,6 +86,84 @@ def test_load_cell_reads_16_bit_colour_tiff_without_losing_faint_signal(layout):
     planes = image if layout == "contig" else np.moveaxis(image, -1, 0)
     tifffile.imwrite(file, planes, photometric="rgb", planarconfig=layout)
     np.testing.assert_allclose(load_cell(file.getvalue()).pixels, reference(), atol=1e-6)
+
+
+def written(image: np.ndarray, **options) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, image, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("compression", ["lzw", "zlib", "packbits", "zstd"])
+def test_load_cell_reads_compressed_16_bit_colour_tiff(compression):
+    image = in_channel(1).astype(np.uint16)
+    file = written(image, photometric="rgb", compression=compression)
+    np.testing.assert_allclose(load_cell(file).pixels, reference(), atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_load_cell_reads_16_bit_colour_png_without_losing_faint_signal(channels):
+    # Grey with alpha, RGB, RGBA: at 8 bits nothing of the signal would be left.
+    image = np.zeros((*CELL.shape, channels), np.uint16)
+    image[..., 0] = CELL
+    if channels != 3:
+        image[..., -1] = 65535
+    cell = load_cell(imagecodecs.png_encode(image))
+    np.testing.assert_allclose(cell.pixels, reference(), atol=1e-6)
+    assert cell.warnings == ()
+
+
+@pytest.mark.parametrize(
+    "image",
+    [CELL.astype(np.uint32) * 16_000_000, CELL.astype(np.int8), CELL.astype(np.int16) - 300, CELL.astype(np.float64)],
+    ids=lambda image: str(image.dtype),
+)
+def test_load_cell_reads_tiffs_of_any_number(image):
+    np.testing.assert_allclose(load_cell(written(image)).pixels, prepare(image.astype(np.float32)), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_load_cell_reads_tiffs_whose_zero_is_white(kind):
+    image = kind(np.iinfo(kind).max) - CELL.astype(kind)
+    np.testing.assert_allclose(load_cell(written(image, photometric="miniswhite")).pixels, reference(), atol=1e-5)
+
+
+def test_load_cell_takes_no_fourth_fluorophore_for_alpha():
+    image = np.zeros((*CELL.shape, 4), np.uint16)
+    image[..., 2] = CELL
+    file = written(image, photometric="minisblack", planarconfig="contig", extrasamples=[0, 0, 0])
+    cell = load_cell(file)
+    np.testing.assert_allclose(cell.pixels, reference(), atol=1e-6)
+    assert cell.warnings == ()
+
+
+def test_load_cell_follows_the_orientation_of_a_deep_tiff():
+    turned = np.rot90(in_channel(1).astype(np.uint16) * 200)
+    file = written(turned, photometric="rgb", extratags=[(274, "H", 1, 6, True)])
+    np.testing.assert_allclose(load_cell(file).pixels, reference(), atol=1e-6)
+
+
+def test_load_cell_refuses_deep_cmyk_in_words():
+    file = written(np.zeros((78, 78, 4), np.uint16), photometric="separated", planarconfig="contig")
+    with pytest.raises(ValueError, match="save it as grey or RGB"):
+        load_cell(file)
+
+
+def test_load_cell_takes_no_more_memory_than_the_size_of_a_tiff_says():
+    file = written(np.zeros((4000, 4000, 3), np.uint16), photometric="rgb", compression="zlib", rowsperstrip=4000)
+    claims = bytearray(file)
+    with tifffile.TiffFile(io.BytesIO(file)) as tiff:
+        for code in (256, 257, 278):  # columns, rows, rows a strip
+            tag = tiff.pages[0].tags[code]
+            claims[tag.valueoffset : tag.valueoffset + tag.count * (2 if tag.dtype == 3 else 4)] = (78).to_bytes(
+                2 if tag.dtype == 3 else 4, "little"
+            )
+    tracemalloc.start()
+    with contextlib.suppress(ValueError):
+        load_cell(bytes(claims))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000_000  # inflated, the strip has 96 MB
 
 
 def test_load_cell_reads_palette_cmyk_and_transparent_images():

@@ -97,6 +97,7 @@ def test_vit_config_refuses_a_patch_size_that_does_not_divide_78(patch_size):
         ("cnn", {"widths": [32, 64]}, "four positive whole numbers"),
         ("cnn", {"widths": [32, 64, 128, -1]}, "four positive whole numbers"),
         ("vit", {"width": 100, "heads": 3}, "heads"),
+        ("vit", {"heads": 0}, "positive whole numbers"),
         ("vit", {"patch_size": 13}, "stem"),
         ("vit", {"stem_widths": [8]}, "stem_widths"),
         ("vit", {"pooling": "max"}, "pooling"),

@@ -296,6 +296,14 @@ def test_no_width_scrolls_sideways_and_every_text_has_contrast_aa(visit, scheme,
     check()
 
 
+def test_a_click_on_an_example_field_reads_it(visit):
+    page = visit()
+    page.get_by_role("tab", name="A field").click()
+    page.locator("#field-examples button[aria-label='Read example NuMem 1']").click()
+    page.wait_for_selector("#specimen .name")
+    assert page.locator("#specimen .name").inner_text() == "NuMem"
+
+
 def test_a_field_shows_its_cells_outlined_and_one_by_one(visit):
     page = visit()
     page.goto(f"{page.url}?seen=1")  # as a Space adds one

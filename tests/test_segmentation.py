@@ -65,6 +65,15 @@ def test_find_cells_does_not_depend_on_units_and_takes_a_pixel_size(pattern):
     assert not wrong.cells or any("across" in note for note in wrong.notes)
 
 
+@pytest.mark.parametrize("pattern", ["Golgi", "Nucleolar", "Speckled"])
+def test_find_cells_does_not_depend_on_the_camera_s_offset(pattern):
+    image, _ = field_of(pattern, shape=(451, 605))  # no side is a multiple of the blocks that the ground is taken from
+    boxes = [cell.bbox for cell in find_cells(image).cells]
+    assert len(boxes) > 5
+    for offset in (300, 3000):
+        assert [cell.bbox for cell in find_cells(image + np.float32(offset)).cells] == boxes
+
+
 def test_find_cells_leaves_out_scale_bar_debris_and_cells_at_the_border():
     image, cells = field_of("NuMem")
     image[20:32, 20:120] = 230  # a bar

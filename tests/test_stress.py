@@ -36,6 +36,12 @@ def test_every_kind_is_measured_and_most_are_refused(result):
     assert np.mean([row["refused"] for row in table.values()]) > 0.9
 
 
+@pytest.mark.parametrize("image", [np.full((100, 100), 9.0), np.full((78, 78), 4095.0), np.full((78, 78), -1.0)])
+def test_measure_robustness_refuses_cells_that_it_cannot_spoil(image):
+    with pytest.raises(ValueError, match="can be spoilt"):
+        measure_robustness(load_weights(), [image], np.zeros(1))
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_do_not_depend_on_earlier_ones(change):
     image = np.random.default_rng(0).integers(0, 256, (78, 78)).astype(float)

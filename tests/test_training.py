@@ -118,6 +118,13 @@ def test_fit_of_a_finished_run_changes_nothing(phantoms, tmp_path):
     assert same_history == history
 
 
+def test_fit_writes_the_log_that_a_run_killed_at_its_end_has_left_out(phantoms, tmp_path):
+    _, history = run(phantoms, tmp_path)
+    (tmp_path / "log.jsonl").unlink()
+    run(phantoms, tmp_path)
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == history
+
+
 def test_fit_under_a_constant_rate_can_be_made_longer(phantoms, tmp_path):
     whole, _ = run(phantoms, tmp_path / "whole")
     run(phantoms, tmp_path / "parts", replace(RECIPE, epochs=1))
@@ -281,6 +288,7 @@ def test_recipes_name_every_model_and_the_paper_recipe_is_the_sources():
         {"style_mixing": 0.5, "specimen_supervision": True},
         {"finish_changes": {}, "finish": 0.5},
         {"nuclear_stain": 0.5, "augmentation": "none"},
+        {"zoom": 0.3, "augmentation": "paper"},
         {"patience": 0},
     ],
 )

@@ -76,6 +76,7 @@ def test_load_weights_of_a_missing_folder_or_an_unknown_model_says_so(tmp_path):
         ({"preprocessing": {"image_size": 224}}, "preprocessing is"),
         ({"training": {}}, "training is {}, expected an object with"),
         ({"training": TRAINING | {"settings": 1}}, "training.settings is 1, expected an object"),
+        ({"training": TRAINING | {"seconds": None}}, "training.seconds is None, expected a number"),
         ({"training": TRAINING | {"settings": {"finish_changes": "all"}}}, "training.settings.finish_changes is 'all'"),
         ({"architecture": []}, r"architecture is \[\], expected an object"),
         ({"calibration": {"temperature": 0}}, "positive temperature"),
@@ -122,7 +123,7 @@ def test_load_weights_names_truncated_and_spoilt_tensors(folder):
 def test_load_weights_shows_no_figures_that_are_not_of_these_weights(folder):
     figures = {"accuracy": 1.0, "mean_class_accuracy": 1.0, "macro_f1": 1.0, "ece": 0.0}
     row = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 2}
-    figures |= {"per_class": dict.fromkeys(CLASS_NAMES, row), "confusion": [[2] * 6] * 6}
+    figures |= {"per_class": dict.fromkeys(CLASS_NAMES, row), "confusion": [[2] * 6] * 6, "reliability": []}
     metrics = {"models": {"cnn": figures}}
     write_json(folder / "metrics.json", metrics | {"revision": load_weights(folder).revision})
     assert load_weights(folder).metrics["models"]
@@ -130,7 +131,13 @@ def test_load_weights_shows_no_figures_that_are_not_of_these_weights(folder):
     weights = load_weights(folder)
     assert weights.metrics == {}
     assert any("are of other weights" in note for note in weights.notes)
-    for spoilt in ([], {"cnn": {}}, {"alexnet": figures}, {"cnn": figures | {"confusion": [[2]]}}):
+    parts = (
+        {"confusion": [[2]]},
+        {"confusion": [["2"] * 6] * 6},
+        {"reliability": [{"cells": 1}]},
+        {"reliability": None},
+    )
+    for spoilt in ([], {"cnn": {}}, {"alexnet": figures}, *({"cnn": figures | part} for part in parts)):
         write_json(folder / "metrics.json", {"models": spoilt})
         with pytest.raises(ValueError, match=r"metrics.json: models"):
             load_weights(folder)
