@@ -223,6 +223,8 @@ class Page:
         pixel_size = pixel_size or None
         fields = fields_of(paths, pixel_size)
         if isinstance(fields, Failure):
+            if len(paths) > 1:
+                fields = Failure(fields.file, f"{fields.error}. Taken out of the list (×), it costs the others nothing")
             return failure_html(fields), None, None
         specimen = self._read_specimen(
             fields,

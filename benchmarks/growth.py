@@ -190,6 +190,8 @@ def serving():
                 break
             except OSError:
                 time.sleep(0.2)
+        else:
+            raise RuntimeError(f"the page does not listen on port {port} after two minutes")
         yield f"http://127.0.0.1:{port}/", process
     finally:
         process.terminate()

@@ -1,6 +1,6 @@
 """Reading HEp-2 cells: four models, their training and their verdict. The modules build on each other in this order:
 
-patterns, imaging, phantoms, data; augmentation, inference, models, training, recipes; evaluation, weights, hub,
+patterns, files, imaging, phantoms, data; augmentation, inference, models, training, recipes; evaluation, weights, hub,
 explain, reader, refusal, segmentation, fields, bulk, uploads, stress, pipeline, specimens, peers, bench, views.
 """
 

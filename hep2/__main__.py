@@ -217,7 +217,7 @@ def _classify_into(arguments: argparse.Namespace) -> int:
         noun = "process" if state.num_processes == 1 else "processes"
         print(f"{total:,} images are in {arguments.output}, read by {state.num_processes} {noun}", file=sys.stderr)
         if failed:
-            print(f"hep2: {failed:,} in it could not be read: see the column error", file=sys.stderr)
+            print(f"hep2: {failed:,} of them could not be read: see the column error", file=sys.stderr)
     # A process that ended with an error would take those along that are not done.
     state.wait_for_everyone()
     status = int(failed > 0 and state.is_main_process)

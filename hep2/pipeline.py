@@ -23,6 +23,7 @@ from hep2.evaluation import (
     save_figure,
     train_label,
 )
+from hep2.files import read_json, write_atomically, write_json
 from hep2.imaging import read_intensity
 from hep2.models import MODELS, SpecimenSupervision, StackEnsemble, build_model, pooled_features
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES
@@ -30,8 +31,8 @@ from hep2.reader import predict
 from hep2.recipes import ARCHITECTURES, RECIPES
 from hep2.refusal import fit_refusal
 from hep2.stress import measure_refusals, measure_robustness
-from hep2.training import Examples, Recipe, fit, predict_logits, tells_specimens_apart, write_atomically
-from hep2.weights import Weights, load_weights, read_json, refusal_fits, save_model, save_refusal, write_json
+from hep2.training import Examples, Recipe, fit, predict_logits, tells_specimens_apart
+from hep2.weights import Weights, load_weights, refusal_fits, save_model, save_refusal
 
 
 def train_models(

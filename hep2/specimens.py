@@ -20,10 +20,11 @@ from hep2.evaluation import (
     reliability,
     save_figure,
 )
+from hep2.files import read_json, write_json
 from hep2.models import MODELS, probabilities
 from hep2.patterns import CLASS_NAMES, IMAGE_SIZE, MODEL_TITLES
 from hep2.pipeline import evaluate_weights, train_models
-from hep2.weights import load_weights, read_json, write_json
+from hep2.weights import load_weights
 
 NEIGHBOURS = 5
 SMALLEST = 1e-7  # probability: `predictions.csv` keeps six digits, and the logarithm wants more than zero

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -25,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from hep2.augmentation import PAPER_ANGLES, add_nuclear_stain, augment_paper, augment_tuned, draw_share, to_device
+from hep2.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -463,16 +463,6 @@ def focal_loss(logits: Tensor, targets: Tensor, exponent: float, smoothing: floa
     certainty = torch.exp(-F.cross_entropy(logits, targets, reduction="none"))
     losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
     return ((1 - certainty) ** exponent * losses).mean()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, whatever happens meanwhile."""
-    temporary = path.with_name(f".{path.name}.part")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _examples_per_epoch(train: Examples, recipe: Recipe) -> int:

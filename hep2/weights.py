@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from hep2.files import missing, read_json, write_atomically, write_json
 from hep2.imaging import PREPROCESSING
 from hep2.inference import ready_to_read
 from hep2.models import MODELS, Refusal, StackEnsemble, build_model
 from hep2.patterns import CLASS_NAMES
-from hep2.training import write_atomically
 
 FORMAT = 1
 BUNDLED = Path(__file__).with_name("bundled")
@@ -51,7 +51,7 @@ class Weights:
     notes: tuple[str, ...] = ()  # what was odd about getting them, in words
 
     def to(self, device: str) -> "Weights":
-        """Move the models to a device."""
+        """Move the models, these very modules, to a device, and return weights that say so."""
         refusal = self.refusal and self.refusal.to(device)
         return replace(self, device=device, refusal=refusal, models={n: m.to(device) for n, m in self.models.items()})
 
@@ -254,29 +254,6 @@ def specimen_models(specimen: dict) -> str:
     )
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object; an absent or damaged file is an error that names it."""
-    if not path.is_file():
-        raise _missing(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); get it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, expected an object")
-    return content
-
-
-def _missing(path: Path) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"{path} is missing: the folder does not hold complete weights; get them again, or train them"
-    )
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
 def _read_config(path: Path, name: str) -> dict:
     config = read_json(path)
     if config.get("format") != FORMAT:
@@ -341,7 +318,7 @@ def _load_refusal(directory: Path, models: dict[str, nn.Module]) -> Refusal | No
 
 def _load_tensors(module: nn.Module, path: Path) -> None:
     if not path.is_file():
-        raise _missing(path)
+        raise missing(path)
     try:
         tensors = load(path.read_bytes())
     except SafetensorError as error:
@@ -361,5 +338,5 @@ def _restored(tensor: Tensor) -> Tensor:
 def _digest(directory: Path) -> str:
     path = directory / "model.safetensors"
     if not path.is_file():
-        raise _missing(path)
+        raise missing(path)
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

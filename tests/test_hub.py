@@ -14,9 +14,10 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard, constants
 
 import train
+from hep2.files import write_json
 from hep2.hub import open_weights, pull, push, stage
 from hep2.models import MODELS
-from hep2.weights import load_weights, write_json
+from hep2.weights import load_weights
 
 NAME = "lab/hep2"
 

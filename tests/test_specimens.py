@@ -4,6 +4,7 @@ from accelerate import Accelerator
 
 from hep2.data import CellFile, Cells, blocks_of, cells_from_files, specimen_blocks, split
 from hep2.evaluation import expected_calibration_error
+from hep2.files import read_json
 from hep2.patterns import CLASS_NAMES
 from hep2.phantoms import phantom_cell
 from hep2.pipeline import train_models
@@ -16,7 +17,6 @@ from hep2.specimens import (
     simple_features,
     specimens_table,
 )
-from hep2.weights import read_json
 
 
 @pytest.fixture(scope="module")

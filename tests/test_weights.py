@@ -6,9 +6,10 @@ import torch
 from conftest import TRAINING, save_untrained
 from safetensors.torch import load_file, save_file
 
+from hep2.files import write_json
 from hep2.models import MODELS, build_model
 from hep2.patterns import CLASS_NAMES
-from hep2.weights import BUNDLED, load_weights, save_model, write_json
+from hep2.weights import BUNDLED, load_weights, save_model
 
 
 @pytest.fixture
