@@ -47,7 +47,7 @@ CSS = Path(__file__).with_name("hep2") / "views.css"
 TITLE = "HEp-2 cells: four models and a verdict"
 INTRODUCTION = """# HEp-2 cells: four models and a verdict
 The staining pattern of a HEp-2 cell points to the antibodies in a patient's serum. Click a cell, or give your own.
-**Not for clinical use.**"""
+**Not for clinical use**: on a new patient's slide the models are right less often than they say (see Models)."""
 UPLOAD_LABEL = "Your own images"
 UPLOAD_TEXT = "Drop, paste or choose one or many, each of one cell: PNG, JPEG, TIFF, BMP or WebP, 8 to 32 bit."
 SYNTHETIC_TEXT = "**Examples**: synthetic cells, drawn by a program. A click reads one."

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 
 from hep2.models import MODELS
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES, SOURCE_RESULTS, is_synthetic
-from hep2.weights import BUNDLED, Weights, load_weights, specimen_models
+from hep2.weights import BUNDLED, Weights, load_weights, own_specimens_text, specimen_models
 
 FILES = ("config.json", "model.safetensors", "log.jsonl")
 FOLDERS = [*MODELS, "refusal"]
@@ -350,4 +350,5 @@ with {specimen_models(specimen)}.
 | model | accuracy | mean class accuracy | calibration error |
 |---|---|---|---|
 {rows}
-From all its cells together, the stack ensemble reads {blocks["right"]} of {blocks["total"]} specimens right."""
+From all its cells together, the stack ensemble reads {blocks["right"]} of {blocks["total"]} specimens right.
+{own_specimens_text(metrics)}"""

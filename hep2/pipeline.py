@@ -232,7 +232,7 @@ def evaluate_weights(
     """Measure weights on the test part of a protocol, and write `metrics.json`, `predictions.csv` and the figures.
 
     Protocol, seed and fold are those the weights were trained with, unless given. Returns the content of
-    `metrics.json`, which takes in what `hep2.specimens` has left in `output/specimen`.
+    `metrics.json`, which takes in what `hep2.specimens` has left in `output/specimen` and `output/specimen-own`.
 
     Raises
     ------
@@ -260,9 +260,14 @@ def evaluate_weights(
         "models": {name: metrics(values, labels) for name, values in answers.items()},
         "refused": float(refused.mean()),
     }
-    # Where the run was also measured on held-out specimens, its figures travel with the others.
+    # Where the run was also measured on held-out specimens, its figures travel with the others: those of the recipe
+    # that does best there, and, if that is another, those of the weights' own.
     if (output / "specimen" / "metrics.json").exists():
         result["specimen"] = read_json(output / "specimen" / "metrics.json")
+    if (output / "specimen-own" / "metrics.json").exists():
+        own = read_json(output / "specimen-own" / "metrics.json")
+        kept = ("folds", "seed", "recipe", "changes", "refused", "models", "blocks")
+        result["specimen_own"] = {key: own[key] for key in kept}
     output.mkdir(parents=True, exist_ok=True)
     names = [cells.names[position] for position in test]
     text = predictions_csv(names, [CLASS_NAMES[label] for label in labels], answers)

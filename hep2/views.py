@@ -14,7 +14,7 @@ from hep2.evaluation import draw_curves, draw_reliability, train_label
 from hep2.fields import CellReading, SpecimenReading, colour_of
 from hep2.patterns import CLASS_NAMES, ICAP_URL, MODEL_TITLES, PATTERNS, SOURCE_RESULTS
 from hep2.reader import Explanation, Failure, Reading
-from hep2.weights import Weights, specimen_models
+from hep2.weights import Weights, own_specimens_text, specimen_models
 
 COLOURS = {pattern.name: pattern.colour for pattern in PATTERNS}
 NO_VERDICT = "no verdict"
@@ -244,7 +244,7 @@ def _specimen_note(weights: Weights) -> str:
         "<p>The held-out figures are not of the models that answer here, but of "
         f"{escape(specimen_models(specimen))}, over {specimen['folds']} folds. Their stack ensemble read "
         f"{blocks['right']:d} of {blocks['total']:d} held-out specimens right as a whole; {specimen['refused']:.1%} of "
-        "their cells would get no verdict.</p>"
+        f"their cells would get no verdict. <strong>{escape(own_specimens_text(weights.metrics))}</strong></p>"
     )
 
 

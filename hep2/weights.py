@@ -208,8 +208,9 @@ def _read_metrics(path: Path) -> dict:
     for name, figures in metrics.get("models", {}).items():
         if name not in MODELS or not _are_figures(figures):
             raise ValueError(f"{path}: models holds no whole figures of {name!r}; measure the weights again")
-    if metrics.get("specimen") is not None and not _are_specimen_figures(metrics["specimen"]):
-        raise ValueError(f"{path}: specimen holds no whole figures; measure the four folds again")
+    for key in ("specimen", "specimen_own"):
+        if metrics.get(key) is not None and not _are_specimen_figures(metrics[key]):
+            raise ValueError(f"{path}: {key} holds no whole figures; measure the four folds again")
     return metrics
 
 
@@ -220,7 +221,9 @@ def _are_specimen_figures(specimen: object) -> bool:
     models, blocks = specimen.get("models"), specimen.get("blocks")
     if not isinstance(models, dict) or not isinstance(blocks, dict):
         return False
-    return all(map(_are_figures, models.values())) and _are_numbers(blocks.get("ensemble"), ("right", "total"))
+    if "ensemble" not in models or not all(map(_are_figures, models.values())):
+        return False
+    return _are_numbers(blocks.get("ensemble"), ("right", "total"))
 
 
 def _are_figures(figures: object) -> bool:
@@ -244,6 +247,19 @@ def _are_figures(figures: object) -> bool:
 
 def _are_numbers(values: object, keys: Iterable[str]) -> bool:
     return isinstance(values, dict) and all(isinstance(values.get(key), (int, float)) for key in keys)
+
+
+def own_specimens_text(metrics: dict) -> str:
+    """Say in words how the weights' own recipe does on held-out specimens, if another's figures stand for it."""
+    own = metrics.get("specimen_own")
+    if own is None:
+        return ""
+    ensemble, blocks = own["models"]["ensemble"], own["blocks"]["ensemble"]
+    return (
+        f"These weights' own recipe does otherwise: {specimen_models(own)}, have a mean class accuracy of "
+        f"{ensemble['mean_class_accuracy']:.4f} (stack ensemble; calibration error {ensemble['ece']:.4f}), and "
+        f"{blocks['right']:d} of {blocks['total']:d} specimens right."
+    )
 
 
 def specimen_models(specimen: dict) -> str:

@@ -119,6 +119,13 @@ def test_models_html_sets_random_split_held_out_specimens_and_source_side_by_sid
     assert "66 of 73" in html
     assert "models of the recipe tuned, 12 epochs each" in html
     assert "not measured" not in html
+    assert "own recipe" not in html
+    own = {"recipe": "robust", "models": dict.fromkeys(names, result_of(0.7654))}
+    html = models_html(replace(measured, metrics=measured.metrics | {"specimen_own": specimen | own}))
+    assert (
+        "own recipe does otherwise: models of the recipe robust, 12 epochs each, have a mean class accuracy of" in html
+    )
+    assert html.count("0.7654") == 1
 
 
 def test_model_details_show_classes_confusion_calibration_and_curves(untrained, tmp_path):

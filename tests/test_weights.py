@@ -142,9 +142,10 @@ def test_load_weights_shows_no_figures_that_are_not_of_these_weights(folder):
         write_json(folder / "metrics.json", {"models": spoilt})
         with pytest.raises(ValueError, match=r"metrics.json: models"):
             load_weights(folder)
-    write_json(folder / "metrics.json", metrics | {"specimen": {"folds": 4}})
-    with pytest.raises(ValueError, match=r"metrics.json: specimen"):
-        load_weights(folder)
+    for key in ("specimen", "specimen_own"):
+        write_json(folder / "metrics.json", metrics | {key: {"folds": 4}})
+        with pytest.raises(ValueError, match=rf"metrics.json: {key} holds"):
+            load_weights(folder)
     (folder / "metrics.json").unlink()
     assert any("metrics.json is not there" in note for note in load_weights(folder).notes)
 
