@@ -44,7 +44,7 @@ def run(untrained, tmp_path_factory):
     result = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 3}
     classes = ("Centromere", "Golgi", "Homogeneous", "NuMem", "Nucleolar", "Speckled")
     one = {"accuracy": 0.91234, "mean_class_accuracy": 0.8, "macro_f1": 0.7, "ece": 0.1}
-    one |= {"per_class": dict.fromkeys(classes, result), "confusion": [[3] * 6] * 6}
+    one |= {"per_class": dict.fromkeys(classes, result), "confusion": [[3] * 6] * 6, "reliability": []}
     models = dict.fromkeys(MODELS, one)
     metrics = {"protocol": "clean", "seed": 0, "fold": None, "test_size": 18, "dataset": "phantoms", "models": models}
     metrics["dataset_fingerprint"] = "0"
