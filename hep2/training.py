@@ -341,6 +341,8 @@ class _Run:
         if self.averaged is not None:
             self.averaged.load_state_dict(saved["averaged"])
         self.state = {key: saved[key] for key in self.state}
+        if self.accelerator.is_main_process:
+            self.write_log()  # killed between the two, the run has left it an epoch short of the checkpoint
 
     def finish(self) -> None:
         """Leave the weights to keep in the model, unwrapped and in evaluation mode: it reads at full precision now."""
@@ -350,8 +352,6 @@ class _Run:
         elif self.averaged is not None:
             model.load_state_dict(self.averaged.module.state_dict())
         model.eval()
-        if self.accelerator.is_main_process:
-            self.write_log()  # a run that was killed between its last checkpoint and its log comes by here alone
 
 
 class _MovingAverage(AveragedModel):

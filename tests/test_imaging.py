@@ -8,18 +8,13 @@ import pytest
 import tifffile
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from uploads import encoded, tiff
 
 from hep2.imaging import load_cell, prepare, read_intensity
 from hep2.patterns import CLASS_NAMES
 from hep2.phantoms import phantom_cell
 
 CELL = phantom_cell("Speckled", np.random.default_rng(1))
-
-
-def encoded(image: Image.Image | np.ndarray, form: str, **options) -> bytes:
-    file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, form, **options)
-    return file.getvalue()
 
 
 def in_channel(channel: int) -> np.ndarray:
@@ -82,22 +77,15 @@ def test_load_cell_reads_32_bit_float_tiff():
 @pytest.mark.parametrize("layout", ["contig", "separate"])
 def test_load_cell_reads_16_bit_colour_tiff_without_losing_faint_signal(layout):
     image = in_channel(1).astype(np.uint16)  # at 8 bits nothing of it would be left
-    file = io.BytesIO()
     planes = image if layout == "contig" else np.moveaxis(image, -1, 0)
-    tifffile.imwrite(file, planes, photometric="rgb", planarconfig=layout)
-    np.testing.assert_allclose(load_cell(file.getvalue()).pixels, reference(), atol=1e-6)
-
-
-def written(image: np.ndarray, **options) -> bytes:
-    file = io.BytesIO()
-    tifffile.imwrite(file, image, **options)
-    return file.getvalue()
+    file = tiff(planes, photometric="rgb", planarconfig=layout)
+    np.testing.assert_allclose(load_cell(file).pixels, reference(), atol=1e-6)
 
 
 @pytest.mark.parametrize("compression", ["lzw", "zlib", "packbits", "zstd"])
 def test_load_cell_reads_compressed_16_bit_colour_tiff(compression):
     image = in_channel(1).astype(np.uint16)
-    file = written(image, photometric="rgb", compression=compression)
+    file = tiff(image, photometric="rgb", compression=compression)
     np.testing.assert_allclose(load_cell(file).pixels, reference(), atol=1e-6)
 
 
@@ -119,19 +107,19 @@ def test_load_cell_reads_16_bit_colour_png_without_losing_faint_signal(channels)
     ids=lambda image: str(image.dtype),
 )
 def test_load_cell_reads_tiffs_of_any_number(image):
-    np.testing.assert_allclose(load_cell(written(image)).pixels, prepare(image.astype(np.float32)), atol=1e-6)
+    np.testing.assert_allclose(load_cell(tiff(image)).pixels, prepare(image.astype(np.float32)), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
 def test_load_cell_reads_tiffs_whose_zero_is_white(kind):
     image = kind(np.iinfo(kind).max) - CELL.astype(kind)
-    np.testing.assert_allclose(load_cell(written(image, photometric="miniswhite")).pixels, reference(), atol=1e-5)
+    np.testing.assert_allclose(load_cell(tiff(image, photometric="miniswhite")).pixels, reference(), atol=1e-5)
 
 
 def test_load_cell_takes_no_fourth_fluorophore_for_alpha():
     image = np.zeros((*CELL.shape, 4), np.uint16)
     image[..., 2] = CELL
-    file = written(image, photometric="minisblack", planarconfig="contig", extrasamples=[0, 0, 0])
+    file = tiff(image, photometric="minisblack", planarconfig="contig", extrasamples=[0, 0, 0])
     cell = load_cell(file)
     np.testing.assert_allclose(cell.pixels, reference(), atol=1e-6)
     assert cell.warnings == ()
@@ -139,22 +127,22 @@ def test_load_cell_takes_no_fourth_fluorophore_for_alpha():
 
 def test_load_cell_follows_the_orientation_of_a_deep_tiff():
     turned = np.rot90(in_channel(1).astype(np.uint16) * 200)
-    file = written(turned, photometric="rgb", extratags=[(274, "H", 1, 6, True)])
+    file = tiff(turned, photometric="rgb", extratags=[(274, "H", 1, 6, True)])
     np.testing.assert_allclose(load_cell(file).pixels, reference(), atol=1e-6)
 
 
 def test_load_cell_refuses_deep_cmyk_in_words():
-    file = written(np.zeros((78, 78, 4), np.uint16), photometric="separated", planarconfig="contig")
+    file = tiff(np.zeros((78, 78, 4), np.uint16), photometric="separated", planarconfig="contig")
     with pytest.raises(ValueError, match="save it as grey or RGB"):
         load_cell(file)
 
 
 def test_load_cell_takes_no_more_memory_than_the_size_of_a_tiff_says():
-    file = written(np.zeros((4000, 4000, 3), np.uint16), photometric="rgb", compression="zlib", rowsperstrip=4000)
+    file = tiff(np.zeros((4000, 4000, 3), np.uint16), photometric="rgb", compression="zlib", rowsperstrip=4000)
     claims = bytearray(file)
-    with tifffile.TiffFile(io.BytesIO(file)) as tiff:
+    with tifffile.TiffFile(io.BytesIO(file)) as opened:
         for code in (256, 257, 278):  # columns, rows, rows a strip
-            tag = tiff.pages[0].tags[code]
+            tag = opened.pages[0].tags[code]
             claims[tag.valueoffset : tag.valueoffset + tag.count * (2 if tag.dtype == 3 else 4)] = (78).to_bytes(
                 2 if tag.dtype == 3 else 4, "little"
             )

@@ -25,9 +25,9 @@ def encoded(image: np.ndarray | Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
-def tiff(array: np.ndarray) -> bytes:
+def tiff(array: np.ndarray, **options) -> bytes:
     file = io.BytesIO()
-    tifffile.imwrite(file, array)
+    tifffile.imwrite(file, array, **options)
     return file.getvalue()
 
 
