@@ -75,6 +75,7 @@ EXPERIMENTS = {
     "tuned, all its epochs": TUNED,
     "tuned but for telling specimens apart, all its epochs": TUNED | {"specimen_supervision": False},
     "tuned, twenty epochs": TUNED | {"epochs": 20},
+    "tuned with the hardest finish, twenty epochs": TUNED | {"epochs": 20, "finish_changes": HARDEST},
     "tuned but for telling specimens apart, twenty epochs": TUNED | {"epochs": 20, "specimen_supervision": False},
     "MixStyle": {"style_mixing": 0.5},
     "CutMix": {"cutmix": 0.5},
