@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from hep2.data import BLOCKS_TO_SPARE, Cells, blocks_of, load_cells, specimen_blocks, split, unique_cells
+from hep2.data import Cells, blocks_of, load_cells, spare_specimens, specimen_blocks, split, unique_cells
 from hep2.evaluation import metrics
 from hep2.models import MODELS, build_model, probabilities
 from hep2.patterns import DEFAULT_DATASET
@@ -137,7 +137,7 @@ def run(
     train, kept_away = development_split(cells, fold)
     watched = kept_away
     if sparing:
-        train, watched = spare_specimens(cells, train)
+        train, watched = spare_specimens(cells, train, seed=0)
     torch.manual_seed(0)
     model = build_model(name)
     fitted, known = to_train(model, cells, train, recipe)
@@ -170,23 +170,6 @@ def development_split(cells: Cells, fold: str) -> tuple[np.ndarray, np.ndarray]:
     kept = unique_cells(cells)
     of_cell = np.array([block.fold for block in specimen_blocks()])[blocks_of(cells)[kept]]
     return kept[np.isin(of_cell, (fold ^ 2, fold ^ 3))], kept[of_cell == fold]
-
-
-def spare_specimens(cells: Cells, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Divide positions into all but one specimen of each class, and these; a class of few gives a fifth of its cells.
-
-    This is how the protocol `specimen` finds its validation cells.
-    """
-    random, specimens, labels = np.random.default_rng(0), blocks_of(cells)[positions], cells.labels[positions].numpy()
-    spared = np.zeros(len(positions), bool)
-    for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
-        others = np.unique(specimens[own])
-        if len(others) >= BLOCKS_TO_SPARE:
-            spared |= specimens == random.choice(others)
-        else:
-            spared[random.choice(own, len(own) // 5, replace=False)] = True
-    return positions[~spared], positions[spared]
 
 
 if __name__ == "__main__":

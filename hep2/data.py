@@ -291,16 +291,21 @@ def blocks_of(cells: Cells) -> np.ndarray:
 def _specimen_split(cells: Cells, seed: int, fold: int) -> Split:
     if fold not in range(FOLDS):
         raise ValueError(f"fold {fold} does not exist: choose 0 to {FOLDS - 1}")
-    blocks, block_of, kept = specimen_blocks(), blocks_of(cells), unique_cells(cells)
+    kept = unique_cells(cells)
+    test = np.array([block.fold == fold for block in specimen_blocks()])[blocks_of(cells)[kept]]
+    return Split(*spare_specimens(cells, kept[~test], seed), kept[test])
+
+
+def spare_specimens(cells: Cells, positions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divide positions into all but one specimen of each class, and these; of few specimens, a fifth of the cells."""
     random = np.random.default_rng(seed)
-    block_of = block_of[kept]
-    test = np.array([block.fold == fold for block in blocks])[block_of]
-    validation = np.zeros(len(kept), bool)
-    for class_name in CLASS_NAMES:
-        others = [i for i, block in enumerate(blocks) if block.class_name == class_name and block.fold != fold]
+    specimens, labels = blocks_of(cells)[positions], cells.labels[positions].numpy()
+    spared = np.zeros(len(positions), bool)
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        others = np.unique(specimens[own])
         if len(others) >= BLOCKS_TO_SPARE:
-            validation |= block_of == random.choice(others)
+            spared |= specimens == random.choice(others)
         else:
-            own = np.flatnonzero(np.isin(block_of, others))
-            validation[random.choice(own, len(own) // 5, replace=False)] = True
-    return Split(kept[~test & ~validation], kept[validation], kept[test])
+            spared[random.choice(own, len(own) // 5, replace=False)] = True
+    return positions[~spared], positions[spared]
