@@ -26,7 +26,7 @@ from hep2.patterns import DEFAULT_DATASET
 from hep2.pipeline import examples_of, to_train
 from hep2.recipes import RECIPES
 from hep2.specimens import read_blocks
-from hep2.training import Recipe, fit, predict_logits
+from hep2.training import Examples, Recipe, fit, predict_logits
 
 FOLDS = ("1", "3")  # that are measured on; 0 and 2 are left alone
 EPOCHS = 10
@@ -85,9 +85,13 @@ EXPERIMENTS = {
     "plain, eight views averaged at test": {},
     "plain, a specimen of each class left out": {},
     "the same, the epoch chosen on these specimens": {"patience": EPOCHS},
+    "plain and synthetic cells": {},
+    "the recipe robust and synthetic cells": ROBUST | PLAIN,
 }
 VIEWS = {"plain, eight views averaged at test": "plain"}  # no training of its own: the other's model, asked eight times
 SPARING = ("plain, a specimen of each class left out", "the same, the epoch chosen on these specimens")
+# Here phantoms join the training.
+SYNTHETIC = ("plain and synthetic cells", "the recipe robust and synthetic cells")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,8 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         recipe = replace(RECIPES["sharp"][arguments.model], **PLAIN | EXPERIMENTS[name])
         for fold in arguments.folds:
             folder = arguments.output / f"{arguments.model}-{VIEWS.get(name, name).replace(' ', '-')}-{fold}"
-            views, sparing = 8 if name in VIEWS else 1, name in SPARING
-            row = run(cells, arguments.model, recipe, fold, folder, accelerator, views=views, sparing=sparing)
+            ways = {"views": 8 if name in VIEWS else 1, "sparing": name in SPARING, "synthetic": name in SYNTHETIC}
+            row = run(cells, arguments.model, recipe, fold, folder, accelerator, **ways)
             figures = " | ".join(f"{row[field]:.4f}" for field in ("accuracy", "mean_class_accuracy", "loss"))
             print(f"| {name} | {fold} | {figures} | {row['right']} of {row['total']} |", flush=True)
     return 0
@@ -128,11 +132,13 @@ def run(
     accelerator: Accelerator,
     views: int = 1,
     sparing: bool = False,
+    synthetic: bool = False,
 ) -> dict:
     """Train on two folds and measure on `fold`, unless `folder` holds that run; returns the measurements.
 
     With 8 `views`, probabilities are averaged over a cell's quarter turns and their mirror images. With `sparing`, a
-    specimen of each class is kept out of the training, and is what a recipe with patience chooses its epoch on.
+    specimen of each class is kept out of the training, and is what a recipe with patience chooses its epoch on. With
+    `synthetic`, phantoms join the training, those of a class as one more specimen of it.
     """
     train, kept_away = development_split(cells, fold)
     watched = kept_away
@@ -141,6 +147,8 @@ def run(
     torch.manual_seed(0)
     model = build_model(name)
     fitted, known = to_train(model, cells, train, recipe)
+    if synthetic:
+        known = with_phantoms(known)
     measured = examples_of(cells, kept_away)
     fit(fitted, known, examples_of(cells, watched), recipe, directory=folder, seed=0, accelerator=accelerator)
     model, seen = model.cpu(), eight_views(measured.inputs)[:views]
@@ -150,6 +158,17 @@ def run(
     result = metrics(answers, measured.labels.numpy()) | {"loss": loss, **blocks}
     result["accuracy"] = float((answers.argmax(1) == measured.labels.numpy()).mean())  # of cells, not of blocks
     return result
+
+
+def with_phantoms(known: Examples) -> Examples:
+    """Add 300 synthetic cells of each class to the examples; diffuse stain is still that of real nuclei alone."""
+    phantoms = load_cells("phantoms:300")
+    number = int(known.specimens.max()) + 1 + phantoms.labels
+    return known._replace(
+        inputs=torch.cat([known.inputs, phantoms.images]),
+        labels=torch.cat([known.labels, phantoms.labels]),
+        specimens=torch.cat([known.specimens, number]),
+    )
 
 
 def eight_views(images: torch.Tensor) -> list[torch.Tensor]:
