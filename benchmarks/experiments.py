@@ -88,10 +88,14 @@ EXPERIMENTS = {
     "plain and synthetic cells": {},
     "the recipe robust and synthetic cells": ROBUST | PLAIN,
 }
-VIEWS = {"plain, eight views averaged at test": "plain"}  # no training of its own: the other's model, asked eight times
-SPARING = ("plain, a specimen of each class left out", "the same, the epoch chosen on these specimens")
-# Here phantoms join the training.
-SYNTHETIC = ("plain and synthetic cells", "the recipe robust and synthetic cells")
+# What else than the recipe is another: see `run`. Eight views need no training of their own: plain's model is asked.
+WAYS = {
+    "plain, eight views averaged at test": {"views": 8},
+    "plain, a specimen of each class left out": {"sparing": True},
+    "the same, the epoch chosen on these specimens": {"sparing": True},
+    "plain and synthetic cells": {"synthetic": True},
+    "the recipe robust and synthetic cells": {"synthetic": True},
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,9 +118,10 @@ def main(argv: list[str] | None = None) -> int:
     print("|---|---|---|---|---|---|")
     for name in arguments.only or fitting:
         recipe = replace(RECIPES["sharp"][arguments.model], **PLAIN | EXPERIMENTS[name])
+        ways = WAYS.get(name, {})
+        trained = "plain" if "views" in ways else name
         for fold in arguments.folds:
-            folder = arguments.output / f"{arguments.model}-{VIEWS.get(name, name).replace(' ', '-')}-{fold}"
-            ways = {"views": 8 if name in VIEWS else 1, "sparing": name in SPARING, "synthetic": name in SYNTHETIC}
+            folder = arguments.output / f"{arguments.model}-{trained.replace(' ', '-')}-{fold}"
             row = run(cells, arguments.model, recipe, fold, folder, accelerator, **ways)
             figures = " | ".join(f"{row[field]:.4f}" for field in ("accuracy", "mean_class_accuracy", "loss"))
             print(f"| {name} | {fold} | {figures} | {row['right']} of {row['total']} |", flush=True)
@@ -141,16 +146,16 @@ def run(
     `synthetic`, phantoms join the training, those of a class as one more specimen of it.
     """
     train, kept_away = development_split(cells, fold)
-    watched = kept_away
+    watched = measured = examples_of(cells, kept_away)
     if sparing:
-        train, watched = spare_specimens(cells, train, seed=0)
+        train, spared = spare_specimens(cells, train, seed=0)
+        watched = examples_of(cells, spared)
     torch.manual_seed(0)
     model = build_model(name)
     fitted, known = to_train(model, cells, train, recipe)
     if synthetic:
         known = with_phantoms(known)
-    measured = examples_of(cells, kept_away)
-    fit(fitted, known, examples_of(cells, watched), recipe, directory=folder, seed=0, accelerator=accelerator)
+    fit(fitted, known, watched, recipe, directory=folder, seed=0, accelerator=accelerator)
     model, seen = model.cpu(), eight_views(measured.inputs)[:views]
     answers = torch.stack([probabilities(predict_logits(model, view)) for view in seen]).mean(0).numpy()
     blocks = read_blocks(answers, blocks_of(cells)[kept_away])

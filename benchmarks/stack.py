@@ -77,10 +77,9 @@ def verdicts_of(weights: Weights, cells: Cells) -> dict[str, tuple[float, ...]]:
         titles = ", ".join(MODEL_TITLES[name] for name in names)
         answers[f"mean of {titles}, eight views"] = np.mean([turned[name] for name in names], axis=0)
     # No verdict can know which member is right: this is as far as any way of making one of these three could come.
-    wrong = np.stack([new[name].argmax(1) != test_labels for name in SINGLE])
-    answers["whichever of the three is right"] = np.stack([new[name] for name in SINGLE])[
-        wrong.argmin(0), np.arange(len(test_labels))
-    ]
+    of_members = np.stack([new[name] for name in SINGLE])
+    wrong = of_members.argmax(2) != test_labels
+    answers["whichever of the three is right"] = of_members[wrong.argmin(0), np.arange(len(test_labels))]
     return {way: _figures(values, test_labels) for way, values in answers.items()}
 
 
