@@ -1,87 +1,27 @@
-"""Whether an image shows a cell of the six patterns at all: a score on what the models see, and what it refuses."""
+"""Negatives: images that show no cell of the six patterns, drawn from a seed or made from cells."""
 
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import gaussian_filter
-from sklearn.linear_model import LogisticRegression
-from sklearn.utils.class_weight import compute_sample_weight
-from torch import Generator, Tensor
 
-from hep2.augmentation import augment_tuned
-from hep2.imaging import ImageError, prepare
-from hep2.models import Refusal
-from hep2.patterns import CLASS_NAMES, IMAGE_SIZE
-from hep2.phantoms import OTHER_STAINS, Nucleus, draw_nucleus, phantom_cell, photograph
+from hep2.images import ImageError, prepare
+from hep2.patterns import IMAGE_SIZE
+from hep2.synthetic.cells import OTHER_PATTERNS, Nucleus, draw_nucleus, photograph
 
 Random = np.random.Generator
 
-REFUSED_VALIDATION = 0.01  # share of the validation cells that the threshold refuses
-PHANTOMS = 1 / 24  # of the cells, drawn of each pattern: about as many as of each kind that is no cell
-MOST = 6000  # examples of each kind to learn from: more cost time and change little
-# What another microscope may do to a cell without its ceasing to be one.
-ANOTHER_MICROSCOPE = {"zoom": 0.25, "sharpness": 1.5, "noise": 0.05, "gain": 0.3}
-# What is nearest to the border between cells and others counts for more.
-WEIGHTS = {"few nuclear dots": 6.0, "two halves of cells": 4.0, "clutter": 2.0, "phantoms": 2.0}
 SHAPE = (IMAGE_SIZE, IMAGE_SIZE)
 
 
-def fit_refusal(
-    members: tuple[str, ...],
-    features_of: Callable[[Tensor], list[Tensor]],
-    train: Tensor,
-    labels: Tensor,
-    validation: Tensor,
-    seed: int,
-) -> Refusal:
-    """Learn to tell cells from what is none: train cells, as they are and as another microscope would show them, and
-    phantoms, lest what is drawn be refused for being drawn.
-
-    `features_of` maps images (batch, 1, 78, 78) to each member's features (batch, features); `train` and `validation`
-    are such images, in [0, 1], and `labels` the classes of `train`, int64. The threshold is set so that one in a
-    hundred validation cells is refused.
-    """
-    random = np.random.default_rng(seed)
-    chosen = np.sort(random.permutation(len(train))[:MOST])
-    cells, of_class = train[chosen], labels[chosen].numpy()
-    changed = augment_tuned(cells, Generator().manual_seed(seed), **ANOTHER_MICROSCOPE)
-    each = round(PHANTOMS * len(cells))
-    drawn = [prepare(phantom_cell(name, random).astype(np.float32)) for name in CLASS_NAMES for _ in range(each)]
-    others, names = draw_not_cells(len(cells), cells[:, 0].numpy(), random)
-    parts = (cells, changed, torch.from_numpy(np.stack(drawn)), torch.from_numpy(others))
-    is_cell = np.repeat([1, 1, 1, 0], [len(part) for part in parts])
-    # All classes count the same, lest those of a rare one be refused as rarities.
-    balanced = compute_sample_weight("balanced", of_class)
-    drawn_weights = np.full(len(drawn), WEIGHTS["phantoms"])
-    weights = np.concatenate([balanced, balanced, drawn_weights, [WEIGHTS.get(name, 1.0) for name in names]])
-    fitted, means, spreads = [], [], []
-    # Each member's features have a layer of their own, and the layers are summed. One layer on all of them leans on the
-    # few that tell our drawings best, and is lost where another laboratory's cells differ in those.
-    for features in zip(*map(features_of, parts), strict=True):
-        means.append(features[0].float().mean(0))
-        spreads.append(features[0].float().std(0) + 1e-3)
-        known = ((torch.cat(features).float() - means[-1]) / spreads[-1]).clamp(-8, 8)
-        # A tenth of the usual strength: features are many, and the kinds of images that are no cells have no end.
-        layer = LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000)
-        fitted.append(layer.fit(known.numpy(), is_cell, sample_weight=weights))
-    refusal = Refusal(members, sum(map(len, means)))
-    refusal.mean, refusal.spread = torch.cat(means), torch.cat(spreads)
-    refusal.linear.weight.data = torch.from_numpy(np.concatenate([layer.coef_ for layer in fitted], axis=1)).float()
-    refusal.linear.bias.data = torch.from_numpy(sum(layer.intercept_ for layer in fitted)).float()
-    with torch.no_grad():
-        refusal.threshold = refusal(torch.cat(features_of(validation), dim=1)).quantile(REFUSED_VALIDATION)
-    return refusal.eval()
-
-
-def draw_not_cells(count: int, cells: np.ndarray, random: Random) -> tuple[np.ndarray, list[str]]:
+def draw_negatives(count: int, cells: np.ndarray, random: Random) -> tuple[np.ndarray, list[str]]:
     """Draw `count` images that are no HEp-2 cells, kind after kind, some of them spoilt from `cells` (cells, 78, 78).
 
     Returns float32 images (count, 1, 78, 78) in [0, 1], preprocessed as an upload is, and the name of each one's kind.
     """
     images, names = [], []
-    kinds = list(NOT_CELLS.items())
+    kinds = list(NEGATIVES.items())
     while len(images) < count:
         name, draw = kinds[len(images) % len(kinds)]
         try:
@@ -226,10 +166,10 @@ def too_far(random: Random, cells: np.ndarray) -> np.ndarray:
 
 
 def other_pattern(stain: str) -> Callable[[Random, np.ndarray], np.ndarray]:
-    """Return a draw function for a cell of another pattern than the six; see `hep2.phantoms.OTHER_STAINS`."""
+    """Return a draw function for a cell of another pattern than the six; see `hep2.synthetic.OTHER_PATTERNS`."""
 
     def draw(random: Random, cells: np.ndarray) -> np.ndarray:
-        return photograph(OTHER_STAINS[stain](_nucleus(random), random), random)
+        return photograph(OTHER_PATTERNS[stain](_nucleus(random), random), random)
 
     return draw
 
@@ -240,7 +180,7 @@ def _nucleus(random: Random) -> Nucleus:
 
 
 # Draw functions take a generator and cells (cells, 78, 78) float32 in [0, 1], and return one image (78, 78).
-NOT_CELLS: dict[str, Callable[[Random, np.ndarray], np.ndarray]] = {
+NEGATIVES: dict[str, Callable[[Random, np.ndarray], np.ndarray]] = {
     "noise": noise,
     "gradients": gradient,
     "clutter": clutter,

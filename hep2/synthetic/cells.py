@@ -1,6 +1,6 @@
 """Synthetic HEp-2 cells, made from nothing but a seed: for the examples, the tests and runs without the dataset.
 
-A phantom is drawn as a microscope would see it: a nucleus of an uneven oval shape, the antigen's place in it or round
+A synthetic cell is drawn as a microscope would see it: a nucleus of an uneven oval shape, the antigen's place in it or round
 it, neighbours at the border, the blur of the optics, the haze of what is out of focus, the noise of photons and of the
 camera, and the stretch to 8 bits that the published cells have too.
 """
@@ -15,7 +15,7 @@ from scipy.ndimage import find_objects, gaussian_filter, zoom
 from hep2.patterns import CLASS_NAMES, IMAGE_SIZE
 
 Random = np.random.Generator
-CYTOPLASM = 21  # pixels from the rim of a phantom's nucleus to where its cytoplasm's light has fallen to a sixth
+CYTOPLASM = 21  # pixels from the rim of a synthetic cell's nucleus to where its cytoplasm's light has fallen to a sixth
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Nucleus:
     radius: float
 
 
-def phantom_cell(pattern: str, random: Random) -> np.ndarray:
+def synthetic_cell(pattern: str, random: Random) -> np.ndarray:
     """Draw one cell of a pattern; returns uint8 of shape (78, 78), stretched to 0–255.
 
     Raises
@@ -55,8 +55,8 @@ def phantom_cell(pattern: str, random: Random) -> np.ndarray:
     return photograph(light, random)
 
 
-class PhantomCell(NamedTuple):
-    """Where a cell lies in a phantom field: the box (top, left, height, width), in pixels, round its nucleus.
+class SyntheticCell(NamedTuple):
+    """Where a cell lies in a synthetic cell field: the box (top, left, height, width), in pixels, round its nucleus.
 
     Of Golgi, round the cell, to where the light of its cytoplasm has fallen to a sixth or where a neighbour is nearer:
     no pixel belongs to two cells.
@@ -66,17 +66,17 @@ class PhantomCell(NamedTuple):
     mitotic: bool
 
 
-def phantom_field(
+def synthetic_field(
     pattern: str,
     random: Random,
     *,
     shape: tuple[int, int] = (966, 1296),
     nucleus: float = 90.0,
     density: float = 0.5,
-) -> tuple[np.ndarray, list[PhantomCell]]:
+) -> tuple[np.ndarray, list[SyntheticCell]]:
     """Draw a whole slide field of one pattern: uint8 of `shape`, and the cells that lie whole in it.
 
-    `pattern` is one of the six, or one of `OTHER_STAINS`. `nucleus` is what a nucleus is across, in pixels; at a
+    `pattern` is one of the six, or one of `OTHER_PATTERNS`. `nucleus` is what a nucleus is across, in pixels; at a
     `density` of 1 there is hardly room for one more. A tenth of the cells touch another, and some are in mitosis;
     ground and light are uneven, and a scale bar may be drawn in.
 
@@ -85,9 +85,9 @@ def phantom_field(
     ValueError
         If `pattern` is neither.
     """
-    stain = (STAINS | OTHER_STAINS).get(pattern)
+    stain = (STAINS | OTHER_PATTERNS).get(pattern)
     if stain is None:
-        raise ValueError(f"unknown pattern {pattern!r}: choose one of {(*CLASS_NAMES, *OTHER_STAINS)}")
+        raise ValueError(f"unknown pattern {pattern!r}: choose one of {(*CLASS_NAMES, *OTHER_PATTERNS)}")
     light, deepest, owner, mitoses = np.zeros(shape), np.zeros(shape), np.full(shape, -1), []
     scale = nucleus / 55  # of the cells that `draw_nucleus` gives at a radius of 25 to 30
     canvas = (136, 136)  # room for cytoplasm at all sides
@@ -96,7 +96,7 @@ def phantom_field(
         drawn = draw_nucleus(canvas, (68, 68), random.uniform(24, 30), random)
         own = _mitosis(drawn, random) if mitotic else random.uniform(0.7, 1.1) * stain(drawn, random)
         depth = drawn.depth + (CYTOPLASM if pattern == "Golgi" and not mitotic else 0)
-        own *= faded if pattern in OTHER_STAINS else 1
+        own *= faded if pattern in OTHER_PATTERNS else 1
         own, depth = zoom(own, scale, order=1), zoom(depth, scale, order=1)
         top, left = (int(centre - len(own) / 2) for centre in place)
         there = (slice(max(top, 0), max(0, top + len(own))), slice(max(left, 0), max(0, left + len(own))))
@@ -110,7 +110,7 @@ def phantom_field(
     for box, mitotic in zip(find_objects(owner + 1, len(mitoses)), mitoses, strict=True):
         if box and all(part.start > 0 and part.stop < side for part, side in zip(box, shape, strict=True)):
             top, left = (part.start for part in box)
-            cells.append(PhantomCell((top, left, box[0].stop - top, box[1].stop - left), mitotic))
+            cells.append(SyntheticCell((top, left, box[0].stop - top, box[1].stop - left), mitotic))
     row, column = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
     direction = random.uniform(0, 2 * np.pi)
     ground = random.uniform(0, 0.06) * (1 + np.cos(direction) * row + np.sin(direction) * column)
@@ -158,7 +158,7 @@ def photograph(light: np.ndarray, random: Random) -> np.ndarray:
     image = gaussian_filter(light, random.uniform(0.7, 1.1)) + random.uniform(0.05, 0.2) * haze
     image += random.uniform(0.01, 0.05) * image.max()
     photons = random.uniform(150, 900)  # at the brightest spot
-    image = random.poisson(image / image.max() * photons) / photons + random.normal(0, 0.01, light.shape)
+    image = random.poisson((image / image.max()).clip(0) * photons) / photons + random.normal(0, 0.01, light.shape)
     image = (image - image.min()) / (image.max() - image.min())
     return (255 * image).round().astype(np.uint8)
 
@@ -312,7 +312,7 @@ STAINS = {
     "Speckled": _speckled,
 }
 # Patterns that are none of the six: what a reader must not take for one of them.
-OTHER_STAINS = {
+OTHER_PATTERNS = {
     "mitochondria": _mitochondrial,
     "few nuclear dots": _few_dots,
     "fibres": _fibrillar,
@@ -333,17 +333,17 @@ def _scatter(nucleus: Nucleus, count: int, share: float, random: Random, *, apar
     return places
 
 
-def phantom_files(count: int, seed: int = 0) -> Iterator[tuple[str, np.ndarray, str]]:
-    """Yield (file name, image, class name) for `count` phantoms of every pattern, in an order fixed by the seed."""
+def synthetic_files(count: int, seed: int = 0) -> Iterator[tuple[str, np.ndarray, str]]:
+    """Yield (file name, image, class name) for `count` synthetic cells of every pattern, in an order fixed by the seed."""
     for position, pattern in enumerate(CLASS_NAMES):
         for number in range(count):
             # A generator for each cell: asking for more cells leaves the first ones as they were.
             random = np.random.default_rng((seed, position, number))
-            yield f"{pattern}-{number + 1:05d}.png", phantom_cell(pattern, random), pattern
+            yield f"{pattern}-{number + 1:05d}.png", synthetic_cell(pattern, random), pattern
 
 
-def phantom_fields(seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
+def synthetic_fields(seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (class name, field) for one small field of every pattern, uint8 of (600, 800), fixed by the seed."""
     for position, pattern in enumerate(CLASS_NAMES):
         random = np.random.default_rng((seed, position))
-        yield pattern, phantom_field(pattern, random, shape=(600, 800), nucleus=70.0)[0]
+        yield pattern, synthetic_field(pattern, random, shape=(600, 800), nucleus=70.0)[0]
