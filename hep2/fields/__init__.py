@@ -1,0 +1,27 @@
+"""Whole slide fields: where the cells lie, and the pattern of the specimen that they show together."""
+
+from hep2.fields.drawing import colour_of, draw_overlay, specimen_rows
+from hep2.fields.specimen import (
+    NEGATIVE,
+    NO_CELLS,
+    NO_PATTERN,
+    UNCLEAR,
+    CellPrediction,
+    SpecimenPrediction,
+    check_pixel_size,
+    predict_specimen,
+)
+
+__all__ = [
+    "NEGATIVE",
+    "NO_CELLS",
+    "NO_PATTERN",
+    "UNCLEAR",
+    "CellPrediction",
+    "SpecimenPrediction",
+    "check_pixel_size",
+    "colour_of",
+    "draw_overlay",
+    "predict_specimen",
+    "specimen_rows",
+]

@@ -5,18 +5,15 @@ the nuclei, as of the Golgi apparatus or of mitochondria, makes rings: they are 
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
 from scipy.signal import oaconvolve
 from skimage import feature, filters, measure, morphology, segmentation, transform
 
-from hep2.imaging import prepare
+from hep2.images import prepare
 from hep2.patterns import IMAGE_SIZE
-
-if TYPE_CHECKING:
-    from skimage.measure._regionprops import RegionProperties
 
 NUCLEUS_MICRONS = (6.0, 14.0)  # across, of HEp-2 nuclei: measured against the scale bars of eight fields, and some more
 NUCLEUS_IN_CROP = 63  # pixels across, of a typical nucleus in the 78 that the models were trained on, as outlined here
@@ -184,7 +181,7 @@ def _best_trial(intensity: np.ndarray, pixel_size: float | None) -> _Trial | Non
     return best
 
 
-def _hollowness(regions: "list[RegionProperties]", picture: np.ndarray, labels: np.ndarray) -> float:
+def _hollowness(regions: list, picture: np.ndarray, labels: np.ndarray) -> float:
     """Return the light in the middle of a typical region over that half way out, both above the ground."""
     ground = np.median(picture[labels == 0]) if (labels == 0).any() else picture.min()
     ratios = []
@@ -340,12 +337,12 @@ def _drawn(intensity: np.ndarray) -> np.ndarray:
     return marked
 
 
-def _is_whole(region: "RegionProperties", shape: tuple[int, int]) -> bool:
+def _is_whole(region, shape: tuple[int, int]) -> bool:
     top, left, bottom, right = region.bbox
     return top > 0 and left > 0 and bottom < shape[0] and right < shape[1]
 
 
-def _found(region: "RegionProperties", scale: float, picture: np.ndarray, ground: float, unit: float) -> FoundCell:
+def _found(region, scale: float, picture: np.ndarray, ground: float, unit: float) -> FoundCell:
     top, left, bottom, right = (round(edge / scale) for edge in region.bbox)
     light = unit * (np.sort(picture[region.slice][region.image]) - ground)
     contour = max(measure.find_contours(np.pad(region.image, 1).astype(float), 0.5), key=len)
