@@ -1,7 +1,11 @@
-"""The four models. Each `forward` takes images (batch, 1, 78, 78), float32 in [0, 1], and returns logits (batch, 6)."""
+"""The four models, and the classifier that answers with all of them in one pass.
+
+CNN, ResCNN and ViT take images (batch, 1, 78, 78), float32 in [0, 1]; the stack takes what two of them answer. Each
+returns logits (batch, 6).
+"""
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,20 +13,9 @@ from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from hep2.inference import max_pool
 from hep2.patterns import CLASS_NAMES, IMAGE_SIZE
 
 CLASSES = len(CLASS_NAMES)
-
-
-def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Turn logits (batch, classes) into probabilities: the only softmax over classes in the package."""
-    return torch.softmax(logits.float() / temperature, dim=-1)
-
-
-def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
-    """Return what a CNN, ResCNN or ViT has seen in images (batch, 1, 78, 78), before its head: (batch, width)."""
-    return model.pool(model.forward_features(images))
 
 
 def normalised_convolution(inputs: int, outputs: int, padding: int = 1) -> nn.Sequential:
@@ -45,11 +38,11 @@ class CNNConfig:
 class CNN(nn.Module):
     """Nine convolutions, batch norm after each, global average pooling, one linear layer.
 
-    From the source: a 3x3 convolution with padding 2, then four blocks of two 3x3 convolutions, with ReLU after a
-    block's first convolution and norm. The source gives neither widths nor the pooling between blocks. Our choices:
-    widths 32-64-128-256 (equal work in every block, 2.4 MB at half precision), 2x2 max pooling before each block,
-    and a ReLU after each block, without which the last block's second convolution would melt into the average.
-    The padding of 2 makes 78 an 80, which halves to 40, 20, 10 and 5 without a remainder.
+    From the reference: a 3x3 convolution with padding 2, then four blocks of two 3x3 convolutions, with ReLU after a
+    block's first convolution and norm. It gives neither widths nor the pooling between blocks. Ours: widths
+    32-64-128-256 (equal work in every block), 2x2 max pooling before each block, and a ReLU after each block, without
+    which the last convolution would be one linear map with the head. The padding of 2 makes 78 an 80, which halves to
+    40, 20, 10 and 5 without a remainder.
     """
 
     Config = CNNConfig
@@ -59,21 +52,18 @@ class CNN(nn.Module):
         super().__init__()
         self.config = config or self.Config()
         first, *_, last = self.config.widths
-        self.stem = normalised_convolution(1, first, padding=2)
         inputs = (first, *self.config.widths[:-1])
+        self.stem = normalised_convolution(1, first, padding=2)
         self.blocks = nn.ModuleList(
             ConvolutionBlock(i, o, skip=self.skips) for i, o in zip(inputs, self.config.widths, strict=True)
         )
         self.head = nn.Linear(last, CLASSES)
 
-    def early_layers(self) -> list[nn.Module]:
-        return [self.stem, self.blocks[0]]
-
     def forward_features(self, images: Tensor) -> Tensor:
         features = self.stem(images)  # (batch, 32, 80, 80)
         for block in self.blocks:
             # Pooling first leaves the ReLU a quarter of the work, and the two commute.
-            features = block(F.relu(max_pool(features)))
+            features = block(F.relu(F.max_pool2d(features, 2)))
         return F.relu(features)  # (batch, 256, 5, 5)
 
     def pool(self, features: Tensor) -> Tensor:
@@ -109,7 +99,7 @@ class ResCNN(CNN):
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """Shape of the vision transformer; the source gives no figure but the image size."""
+    """Shape of the vision transformer; the reference gives no figure but the image size."""
 
     patch_size: int = 6
     stem_widths: tuple[int, ...] = (24, 48)
@@ -141,12 +131,11 @@ class ViTConfig:
 class ViT(nn.Module):
     """A vision transformer on 13 x 13 patches, assembled from timm's `PatchEmbed` and `Block`.
 
-    From the source: patches, linear embedding, position embedding, encoder layers, class token, input 1 x 78 x 78
-    (after Dosovitskiy et al. 2021). The source gives no size. Our choices: patches of 6, since a speckle is about two
-    pixels wide; two 3x3 convolutions with one pooling before the embedding (Xiao et al. 2021), the first at full
-    resolution, because some 9,000 cells are too few to learn edges from patches; width 128, depth 4, and a head that
-    reads the class token plus the mean of the patches. `stem_widths=()` and `pooling="class token"` give the plain
-    transformer of the source.
+    From the reference: patches, linear embedding, position embedding, encoder layers, class token, input 1 x 78 x 78
+    (after Dosovitskiy et al. 2021). It gives no size. Ours: patches of 6, since a speckle is about two pixels wide; two
+    3x3 convolutions with one pooling before the embedding (Xiao et al. 2021), the first at full resolution, because
+    some 9,000 cells are too few to learn edges from patches; a head on the class token plus the mean of the patches.
+    `stem_widths=()` and `pooling="class token"` give the plain transformer.
     """
 
     Config = ViTConfig
@@ -174,19 +163,19 @@ class ViT(nn.Module):
         self.blocks = nn.Sequential(
             *(Block(config.width, config.heads, config.mlp_ratio, qkv_bias=True, drop_path=rate) for rate in rates)
         )
-        for block in self.blocks:
-            # On CPUs the fused kernel trains at half the speed of plain matrix products for 170 tokens.
-            block.attn.fused_attn = False
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, CLASSES)
 
     def extra_repr(self) -> str:
         return f"heads={self.config.heads}, pooling={self.config.pooling!r}"  # of the config, what no layer shows
 
-    def forward_features(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor) -> Tensor:
         patches = self.patches(self.stem(images))  # (batch, 169, width)
         tokens = torch.cat([self.class_token.expand(len(patches), -1, -1), patches], dim=1)
-        return self.norm(self.blocks(tokens + self.positions))
+        return tokens + self.positions
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        return self.norm(self.blocks(self.embed(images)))
 
     def pool(self, tokens: Tensor) -> Tensor:
         pooled = tokens[:, 0]  # (batch, width)
@@ -196,118 +185,109 @@ class ViT(nn.Module):
         return self.head(self.pool(self.forward_features(images)))
 
 
-class SpecimenSupervision(nn.Module):
-    """A model in training that must also tell the specimens of a class from each other. Ours.
-
-    In training it returns the log-probability of each specimen (batch, specimens): that of its class, from the
-    model's own head, plus that of the specimen within the class, from a head that is thrown away afterwards. The
-    cross-entropy of these is the class's plus the specimen's. In evaluation, and in training where `telling_apart` is
-    set to False, it returns the model's logits (batch, 6).
-    """
-
-    def __init__(self, model: CNN | ViT, class_of_specimen: Tensor) -> None:
-        super().__init__()
-        self.model = model
-        self.telling_apart = True
-        self.specimens = nn.Linear(model.head.in_features, len(class_of_specimen))
-        self.register_buffer("membership", F.one_hot(class_of_specimen, CLASSES).bool().T)  # (classes, specimens)
-
-    def forward(self, images: Tensor) -> Tensor:
-        if not self.training:
-            return self.model(images)
-        pooled = pooled_features(self.model, images)
-        class_logits, specimen_logits = self.model.head(pooled).float(), self.specimens(pooled).float()
-        if not self.telling_apart:
-            # Several processes wait for each other's gradients of every parameter: these are zero.
-            return class_logits + 0 * specimen_logits.sum(dim=1, keepdim=True)
-        of_class = specimen_logits[:, None].masked_fill(~self.membership, -torch.inf).logsumexp(2)  # (batch, classes)
-        share = F.log_softmax(class_logits, dim=1) - of_class
-        return specimen_logits + share @ self.membership.float()
-
-
-class FullPrecisionLinear(nn.Linear):
-    """A linear layer that mixed precision leaves alone: rounded to half, probabilities near 1 would be equal."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        with torch.autocast(inputs.device.type, enabled=False):
-            return super().forward(inputs.float())
-
-
 class StackEnsemble(nn.Module):
-    """A frozen CNN and a frozen ViT side by side; their 6 + 6 probabilities go through one linear layer to 6 logits.
+    """One linear layer from the calibrated probabilities of CNN and ViT, side by side (batch, 12), to logits.
 
-    From the source, which does not say what the layer is fitted on. Ours is fitted on cells that neither member was
-    trained on, since members are surer of themselves on cells they know. `temperatures` are the members' own, so that
-    the stack reads the same calibrated probabilities that are shown for them.
+    From the reference, which does not say what the layer is fitted on. Ours is fitted on cells that neither member was
+    trained on, since members are surer of themselves on cells they know.
     """
 
-    member_names = ("cnn", "vit")
+    members = ("cnn", "vit")
 
-    def __init__(self, cnn: CNN, vit: ViT, temperatures: tuple[float, float] = (1.0, 1.0)) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.members = nn.ModuleList([cnn, vit]).requires_grad_(False)
-        self.temperatures = temperatures
-        self.linear = FullPrecisionLinear(2 * CLASSES, CLASSES)
+        self.linear = nn.Linear(len(self.members) * CLASSES, CLASSES)
         # Start from the members' mean, sharp enough to be sure where both are.
         nn.init.zeros_(self.linear.bias)
-        self.linear.weight.data.copy_(4 * torch.eye(CLASSES).repeat(1, 2))
+        self.linear.weight.data.copy_(4 * torch.eye(CLASSES).repeat(1, len(self.members)))
 
-    def train(self, mode: bool = True) -> "StackEnsemble":
-        super().train(mode)
-        self.members.eval()
-        return self
-
-    def member_probabilities(self, images: Tensor) -> Tensor:
-        """Return the members' probabilities side by side, (batch, 12)."""
-        return torch.cat(
-            [probabilities(m(images), t) for m, t in zip(self.members, self.temperatures, strict=True)], dim=1
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.linear(self.member_probabilities(images))
-
-
-class Refusal(nn.Module):
-    """Scores what some models see in an image, their pooled features side by side: (batch, features) to (batch,).
-
-    `members` names the models. A linear layer on standardised features: the sum of one for each member. An image that
-    scores below `threshold` is refused. Learning from images that are no cells is outlier exposure (Hendrycks et al.
-    2019); that one layer on the features will do is our finding.
-    """
-
-    def __init__(self, members: tuple[str, ...], features: int) -> None:
-        super().__init__()
-        self.members = members
-        self.linear = nn.Linear(features, 1)
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("spread", torch.ones(features))
-        self.register_buffer("threshold", torch.tensor(torch.finfo(torch.float32).min))  # refuses nothing
-
-    def standardised(self, features: Tensor) -> Tensor:
-        # A photograph drives some features far off: one of them alone shall not decide.
-        return ((features.float() - self.mean) / self.spread).clamp(-8, 8)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.linear(self.standardised(features))[:, 0]
+    def forward(self, probabilities: Tensor) -> Tensor:
+        # Rounded to half precision, probabilities near 1 would be equal.
+        with torch.autocast(probabilities.device.type, enabled=False):
+            return self.linear(probabilities.float())
 
 
 MODELS = {"cnn": CNN, "rescnn": ResCNN, "vit": ViT, "ensemble": StackEnsemble}
+BASE_MODELS = ("cnn", "rescnn", "vit")
 
 
-def build_model(name: str, architecture: dict | None = None) -> CNN | ViT:
-    """Build an untrained CNN, ResCNN or ViT from the fields of its config; absent fields take their defaults.
+class Rejection(nn.Module):
+    """Score how much an image is like a cell of the six patterns, from pooled features (batch, features): (batch,).
+
+    A linear layer on standardised features. An image that scores below `threshold` is rejected. Learning from
+    negatives is outlier exposure (Hendrycks et al. 2019).
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, 1)
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("spread", torch.ones(features))
+        self.register_buffer("threshold", torch.tensor(torch.finfo(torch.float32).min))  # rejects nothing
+
+    def forward(self, features: Tensor) -> Tensor:
+        # A photograph drives some features far off: one of them alone shall not decide.
+        return self.linear(((features - self.mean) / self.spread).clamp(-8, 8))[:, 0]
+
+
+class Answers(NamedTuple):
+    """What the classifier says of some images.
+
+    `probabilities`: calibrated, float32 of shape (batch, 4, 6), the models in the order of `MODELS`; `rejection`:
+    scores, float32 of shape (batch,); `rejected`: bool of shape (batch,).
+    """
+
+    probabilities: Tensor
+    rejection: Tensor
+    rejected: Tensor
+
+
+class Classifier(nn.Module):
+    """The four models, their temperatures and the rejection: images in, answers out, each model run once."""
+
+    def __init__(self, cnn: CNN, rescnn: ResCNN, vit: ViT) -> None:
+        super().__init__()
+        self.cnn, self.rescnn, self.vit = cnn, rescnn, vit
+        self.ensemble = StackEnsemble()
+        self.register_buffer("temperatures", torch.ones(len(MODELS)))
+        self.rejection = Rejection(sum(model.head.in_features for model in (cnn, rescnn, vit)))
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Return what CNN, ResCNN and ViT have seen in the images before their heads: (batch, width) each."""
+        models = {name: getattr(self, name) for name in BASE_MODELS}
+        return {name: model.pool(model.forward_features(images)) for name, model in models.items()}
+
+    def answers(self, features: dict[str, Tensor]) -> Answers:
+        """Turn what the models have seen into calibrated probabilities and the rejection's scores."""
+        logits = {name: getattr(self, name).head(seen).float() for name, seen in features.items()}
+        shares = {
+            name: torch.softmax(values / temperature, dim=1)
+            for (name, values), temperature in zip(logits.items(), self.temperatures, strict=False)
+        }
+        stacked = self.ensemble(torch.cat([shares[name] for name in StackEnsemble.members], dim=1))
+        shares["ensemble"] = torch.softmax(stacked / self.temperatures[-1], dim=1)
+        scores = self.rejection(torch.cat(list(features.values()), dim=1).float())
+        probabilities = torch.stack([shares[name] for name in MODELS], dim=1)
+        return Answers(probabilities, scores, scores < self.rejection.threshold)
+
+    def forward(self, images: Tensor) -> Answers:
+        return self.answers(self.features(images))
+
+
+def build_model(name: str, architecture: dict | None = None) -> nn.Module:
+    """Build an untrained model from the fields of its config; absent fields take their defaults.
 
     Raises
     ------
     ValueError
         If the name or a field is unknown, or a value does not fit.
     """
-    if name not in MODELS or name == "ensemble":
-        raise ValueError(f"cannot build a model {name!r}: choose one of {[n for n in MODELS if n != 'ensemble']}")
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose one of {list(MODELS)}")
     model, architecture = MODELS[name], architecture or {}
-    known = {field.name for field in fields(model.Config)}
+    known = {field.name for field in fields(model.Config)} if hasattr(model, "Config") else set()
     if unknown := set(architecture) - known:
         raise ValueError(
             f"{name}: unknown fields {sorted(unknown)} in the architecture; expected some of {sorted(known)}"
         )
-    return model(model.Config(**architecture))
+    return model(model.Config(**architecture)) if known else model()

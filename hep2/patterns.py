@@ -8,8 +8,8 @@ CELLS_IN_DATASET = 13_596
 
 
 def is_synthetic(dataset: object) -> bool:
-    """Tell whether the name of a dataset stands for phantoms, which are drawn by the package: `phantoms[:COUNT]`."""
-    return str(dataset).partition(":")[0] == "phantoms"
+    """Tell whether the name of a dataset stands for cells that the package draws: `synthetic[:COUNT]`."""
+    return str(dataset).partition(":")[0] == "synthetic"
 
 
 ICAP_URL = "https://www.anapatterns.org"
@@ -83,9 +83,9 @@ CLASS_NAMES = tuple(pattern.name for pattern in PATTERNS)
 
 MODEL_TITLES = {"cnn": "CNN", "rescnn": "ResCNN", "vit": "ViT", "ensemble": "Stack ensemble"}
 
-# What the source, a course report, gives for its own four models on 2,039 test cells of its own random split
+# What the reference, a course report, gives for its own four models on 2,039 test cells of its own random split
 # (its Table 3, and the weakest figures of its Tables 4 to 7).
-SOURCE_RESULTS = {
+REFERENCE_RESULTS = {
     name: dict(
         zip(
             ("accuracy", "macro_precision", "macro_recall", "macro_f1", "golgi_recall", "speckled_f1"),

@@ -1,35 +1,52 @@
-"""Reads cells with all models and gives verdicts: what page, API and command line all call."""
+"""Images to predictions: what page, API, command line, fields and benchmarks all call."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
-from queue import SimpleQueue
-from threading import Lock
-from typing import Generic, NamedTuple, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from hep2.explain import look
-from hep2.imaging import Cell, ImageError, ImageSource, load_cell
-from hep2.models import StackEnsemble, pooled_features, probabilities
+from hep2.checkpoints import Weights
+from hep2.hub import find_weights
+from hep2.images import Cell, ImageSource, load_cell
+from hep2.models import BASE_MODELS, MODELS, Classifier, StackEnsemble
 from hep2.patterns import CLASS_NAMES, MODEL_TITLES
-from hep2.weights import Weights
+from hep2.saliency import saliency_map
 
-T, R = TypeVar("T"), TypeVar("R")
+if TYPE_CHECKING:
+    from hep2.fields import SpecimenPrediction
 
-BATCH = 64  # images that are decoded before the models read them
-PASS = 8  # of these go through a model together on a CPU: more would not stay in its cache
+BATCH = 64  # images that are decoded before the models see them
+CPU_BATCH = 32  # of these go through the models together: more would not stay in the processor's cache
 GPU_BATCH = 1024
-# One pass in each of these threads: threads that share a pass as small as this one mostly wait for each other.
-CORES = torch.get_num_threads()
-_PASSES = ThreadPoolExecutor(CORES, "passes", initializer=torch.set_num_threads, initargs=(1,))
-_DECODERS = ThreadPoolExecutor(min(2, CORES), "decoders")  # few: each may hold an image of many megapixels
-LOW_CONFIDENCE = 0.7  # below this probability of the verdict a reading says so
-DIGITS = 6  # of a probability in an answer; what lies behind depends on the machine
+LOW_CONFIDENCE = 0.7  # below this probability of the verdict a prediction says so
+DIGITS = 6  # of a probability in an answer; what lies behind depends on the machine and on the batch
+
+
+def load(weights: str | Path | None = None, device: str | None = None) -> "Predictor":
+    """Load a predictor.
+
+    Parameters
+    ----------
+    weights
+        ``OWNER/NAME[@revision]`` on the Hugging Face Hub, a local folder, or None for the bundled weights.
+    device
+        A PyTorch device; None takes the GPU where there is one.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder, repository or revision, or the Hub cannot be reached and nothing is cached.
+    ValueError
+        If what was found does not fit this version.
+    """
+    return Predictor(find_weights(weights), device)
 
 
 @dataclass(frozen=True)
@@ -38,58 +55,59 @@ class Failure:
 
     file: str
     error: str
+    verdict: None = None
 
     def as_dict(self) -> dict:
         return {"file": self.file, "error": self.error}
 
 
 @dataclass(frozen=True)
-class Reading:
+class Prediction:
     """What the models say of one cell.
 
-    `probabilities` maps each model to an array of shape (6,), calibrated, in the order of `CLASS_NAMES`. The verdict
-    is the ensemble's; `agreement` counts the models, the ensemble among them, that say the same. An image that is
-    `refused`, being no cell of the six patterns, has no verdict, and what the models say of it means nothing.
+    `probabilities` maps each model to an array of shape (6,), calibrated, in the order of `CLASS_NAMES`. The verdict is
+    the ensemble's; `agreement` counts the models, the ensemble among them, that say the same. An image that is
+    `rejected`, since its `rejection` score is below the threshold, has no verdict.
     """
 
     file: str
     cell: Cell
     probabilities: dict[str, np.ndarray]
-    refused: bool
+    rejection: float
+    rejected: bool
     weights: dict[str, str]
 
     @property
     def verdict(self) -> str | None:
-        return None if self.refused else CLASS_NAMES[int(self.probabilities["ensemble"].argmax())]
+        return None if self.rejected else self._says("ensemble")
 
     @property
     def probability(self) -> float | None:
-        return None if self.refused else round(float(self.probabilities["ensemble"].max()), DIGITS)
+        return None if self.rejected else round(float(self.probabilities["ensemble"].max()), DIGITS)
 
     @property
     def agreement(self) -> int | None:
-        return None if self.refused else list(self._said.values()).count(self.verdict)
+        return None if self.rejected else sum(self._says(name) == self.verdict for name in self.probabilities)
 
     @property
     def warnings(self) -> list[str]:
-        """What speaks against trusting the verdict, in words: refusal, disagreement, low confidence, odd images."""
-        warnings = list(self.cell.warnings)
-        if self.refused:
+        """What speaks against trusting the verdict: rejection, disagreement, low confidence, an odd image."""
+        if self.rejected:
             return [
-                "refused: this does not look like a HEp-2 cell of the six patterns; give one sharp cell, bright on "
+                "rejected: this does not look like a HEp-2 cell of the six patterns; give one sharp cell, bright on "
                 "dark, whose nucleus fills most of the image",
-                *warnings,
+                *self.cell.warnings,
             ]
-        dissent = [f"{MODEL_TITLES[name]} says {said}" for name, said in self._said.items() if said != self.verdict]
-        if dissent:
-            warnings.append(f"disagreement: {', '.join(dissent)}")
+        warnings = list(self.cell.warnings)
+        others = [name for name in self.probabilities if self._says(name) != self.verdict]
+        if others:
+            warnings.append("disagreement: " + ", ".join(f"{MODEL_TITLES[n]} says {self._says(n)}" for n in others))
         if self.probability < LOW_CONFIDENCE:
             warnings.append(f"low confidence: the verdict has a probability of {self.probability:.0%}")
         return warnings
 
-    @property
-    def _said(self) -> dict[str, str]:
-        return {name: CLASS_NAMES[int(values.argmax())] for name, values in self.probabilities.items()}
+    def _says(self, model: str) -> str:
+        return CLASS_NAMES[int(self.probabilities[model].argmax())]
 
     def as_dict(self) -> dict:
         return {
@@ -106,191 +124,128 @@ class Reading:
         }
 
 
-class Predictions(NamedTuple):
-    """Calibrated probabilities (cells, 6), float32, of each model, and which cells are refused, bool (cells,)."""
+class Output(NamedTuple):
+    """Answers to some images: for each model calibrated probabilities (images, 6), float32; the rejection's scores,
+    float32 (images,); and which images are rejected, bool (images,)."""
 
     probabilities: dict[str, np.ndarray]
-    refused: np.ndarray
-
-
-def predict(weights: Weights, images: Tensor) -> Predictions:
-    """Let all models read images (cells, 1, 78, 78), float32 in [0, 1].
-
-    On a CPU the kernels do with each cell of a pass what they would do with it alone, and what follows is computed in
-    double precision: a cell gets the same answer to the last digit whatever it comes together with.
-    """
-    size = GPU_BATCH if weights.device != "cpu" else min(PASS, -(-len(images) // CORES))
-    passes = _run(weights, pooled_features, images.split(max(1, size)))
-    return _combined(weights, {name: torch.cat(features) for name, features in passes.items()})
-
-
-def _run(weights: Weights, forward: Callable[[nn.Module, Tensor], R], batches: Sequence[Tensor]) -> dict[str, list[R]]:
-    """Take every batch through every model but the ensemble; returns what `forward` gives, a list for each model."""
-
-    @torch.inference_mode()
-    def task(model: nn.Module, batch: Tensor) -> R:
-        return forward(model, batch.to(weights.device))
-
-    single = {name: model for name, model in weights.models.items() if name != "ensemble"}
-    # A card does one thing after the other; the cores of a CPU share out models and cells.
-    if weights.device != "cpu":
-        return {name: [task(model, batch) for batch in batches] for name, model in single.items()}
-    # The ViT takes longest, and is the last of them: begun first, it keeps no core busy alone at the end.
-    waiting = {
-        name: [_PASSES.submit(task, model, batch) for batch in batches] for name, model in reversed(single.items())
-    }
-    return {name: [future.result() for future in waiting[name]] for name in single}
-
-
-@torch.inference_mode()
-def _combined(weights: Weights, features: dict[str, Tensor]) -> Predictions:
-    """Turn the single models' pooled features (cells, width) into probabilities of all, and refusals."""
-    result = {
-        name: probabilities(_linear(weights.models[name].head, values), weights.temperature(name))
-        for name, values in features.items()
-    }
-    if "ensemble" in weights.models:
-        # The stack takes the probabilities that its members have just given, and does not run them again.
-        stacked = torch.cat([result[name] for name in StackEnsemble.member_names], dim=1)
-        logits = _linear(weights.models["ensemble"].linear, stacked)
-        result["ensemble"] = probabilities(logits, weights.temperature("ensemble"))
-    first = next(iter(result.values()))
-    refused = torch.zeros(len(first), dtype=torch.bool)
-    if weights.refusal is not None:
-        refusal, seen = weights.refusal, torch.cat([features[name] for name in weights.refusal.members], dim=1)
-        refused = _linear(refusal.linear, refusal.standardised(seen))[:, 0] < refusal.threshold
-    return Predictions({name: values.cpu().numpy() for name, values in result.items()}, refused.cpu().numpy())
-
-
-def _linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
-    # One row and many go through different kernels, whose roundings differ: beyond the digits that are kept.
-    return F.linear(inputs.double(), layer.weight.double(), layer.bias.double())
-
-
-def csv_header(weights: Weights) -> list[str]:
-    """Name the columns of `csv_row`."""
-    probabilities = [f"{model}_{name}" for model in weights.models for name in CLASS_NAMES]
-    return ["file", "verdict", "probability", "agreement", *probabilities, "warnings", "error", "revision"]
-
-
-def csv_row(answer: Reading | Failure, weights: Weights) -> list:
-    """Give one answer of these weights as a line of a table; what a failure lacks is left empty."""
-    values = answer.as_dict()
-    first = [values.get(column) for column in ("file", "verdict", "probability", "agreement")]
-    models = values.get("models", {model: {} for model in weights.models})
-    numbers = [models[model].get(name, "") for model in weights.models for name in CLASS_NAMES]
-    remarks = "; ".join(values.get("warnings", []))
-    return [*first, *numbers, remarks, values.get("error", ""), weights.revision]
+    rejection: np.ndarray
+    rejected: np.ndarray
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A reading and, for each model, a map (78, 78) in [0, 1] of what it looked at; see `hep2.explain`.
+    """A prediction and, for each model, a saliency map (78, 78) in [0, 1]; the ensemble's is the mean of its members'."""
 
-    The ensemble has no eyes of its own: its map is the mean of its members'.
-    """
-
-    reading: Reading
+    prediction: Prediction
     maps: dict[str, np.ndarray]
 
 
-class Reader:
-    """Holds loaded weights and reads images with them; made once and used for every request."""
+class Predictor:
+    """Loaded weights, ready to answer; made once and used for every request."""
 
-    def __init__(self, weights: Weights) -> None:
-        """Take weights of all four models.
-
-        Raises
-        ------
-        ValueError
-            If the ensemble is missing, whose verdict every reading carries.
-        """
-        if "ensemble" not in weights.models:
-            raise ValueError(f"a reader needs the ensemble, but only {list(weights.models)} were loaded")
+    def __init__(self, weights: Weights, device: str | None = None) -> None:
         self.weights = weights
-
-    def read(
-        self,
-        sources: Iterable[tuple[str, ImageSource]],
-        read_cells: Callable[[Sequence[tuple[str, Cell]]], Iterable[Reading]] | None = None,
-    ) -> Iterator[Reading | Failure]:
-        """Read (name, image) pairs in order, a batch at a time; an image that cannot be read costs no other.
-
-        `read_cells` may stand in for the method of that name, for cells that are read elsewhere than they are decoded.
-        """
-        read_cells = read_cells or self.read_cells
-        for batch in _batches(sources):
-            decoded = list(_DECODERS.map(_decoded, *zip(*batch, strict=True)))
-            cells = [(name, cell) for (name, _), cell in zip(batch, decoded, strict=True) if isinstance(cell, Cell)]
-            readings = iter(read_cells(cells) if cells else ())
-            yield from (cell if isinstance(cell, Failure) else next(readings) for cell in decoded)
-
-    def explain(self, name: str, cell: Cell) -> Explanation:
-        """Read one cell and say where each model looked, in one forward pass."""
-        looked = _run(self.weights, look, [torch.from_numpy(cell.pixels)[None]])
-        answers = _combined(self.weights, {model: features for model, [(features, _)] in looked.items()})
-        maps = {model: values[0].cpu().numpy() for model, [(_, values)] in looked.items()}
-        maps["ensemble"] = np.mean([maps[model] for model in StackEnsemble.member_names], axis=0)
-        return Explanation(self._reading(name, cell, answers, 0), maps)
-
-    def read_cells(self, cells: Sequence[tuple[str, Cell]]) -> Iterator[Reading]:
-        """Read (name, cell) pairs that are prepared already, in order, a batch at a time."""
-        for batch in _batches(cells):
-            answers = predict(self.weights, torch.from_numpy(np.stack([cell.pixels for _, cell in batch])))
-            yield from (self._reading(name, cell, answers, number) for number, (name, cell) in enumerate(batch))
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._classifier = optimized_for_serving(weights.classifier, self.device)
 
     @property
     def origin(self) -> dict[str, str]:
         """Which weights answer: their source and revision."""
         return {"source": self.weights.source, "revision": self.weights.revision}
 
-    def _reading(self, name: str, cell: Cell, answers: Predictions, position: int) -> Reading:
-        own = {model: values[position] for model, values in answers.probabilities.items()}
-        return Reading(name, cell, own, bool(answers.refused[position]), self.origin)
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Output:
+        """Answer images (images, 1, 78, 78), float32 in [0, 1]."""
+        size = CPU_BATCH if self.device.type == "cpu" else GPU_BATCH
+        dtype = next(self._classifier.cnn.parameters()).dtype
+        answers = [self._classifier(batch.to(self.device, dtype)) for batch in images.split(size)]
+        probabilities, scores, rejected = (torch.cat(parts).cpu().numpy() for parts in zip(*answers, strict=True))
+        return Output({name: probabilities[:, number] for number, name in enumerate(MODELS)}, scores, rejected)
+
+    def classify(
+        self,
+        sources: Iterable[ImageSource | tuple[str, ImageSource]],
+        *,
+        channel: str | int | None = None,
+        plane: int | None = None,
+        classify_cells: Callable[[Sequence[tuple[str, Cell]]], Iterable[Prediction]] | None = None,
+    ) -> Iterator[Prediction | Failure]:
+        """Predict images in order, a batch at a time; one that cannot be read costs no other its answer.
+
+        Parameters
+        ----------
+        sources
+            Paths, bytes or arrays, or pairs of a name and one of these.
+        channel, plane
+            Which channel and plane of each image to read, if not the ones that `hep2.images.decode` would choose.
+        classify_cells
+            Takes the place of the method of that name, for models that run elsewhere than images are decoded.
+        """
+        classify_cells = classify_cells or self.classify_cells
+        sources = (_named(source, number) for number, source in enumerate(sources, start=1))
+        while batch := list(islice(sources, BATCH)):
+            loaded = [_load(name, source, channel, plane) for name, source in batch]
+            cells = [(name, cell) for (name, _), cell in zip(batch, loaded, strict=True) if isinstance(cell, Cell)]
+            predictions = iter(classify_cells(cells) if cells else ())
+            yield from (cell if isinstance(cell, Failure) else next(predictions) for cell in loaded)
+
+    def classify_cells(self, cells: Sequence[tuple[str, Cell]]) -> list[Prediction]:
+        """Predict (name, cell) pairs that are decoded and prepared already, in order."""
+        if not cells:
+            return []
+        output = self(torch.from_numpy(np.stack([cell.pixels for _, cell in cells])))
+        return [
+            Prediction(
+                name,
+                cell,
+                {model: values[number] for model, values in output.probabilities.items()},
+                float(output.rejection[number]),
+                bool(output.rejected[number]),
+                self.origin,
+            )
+            for number, (name, cell) in enumerate(cells)
+        ]
+
+    def specimen(self, sources: Iterable[ImageSource | tuple[str, ImageSource]], **options) -> "SpecimenPrediction":
+        """Predict the pattern of one specimen from its slide fields; see `hep2.fields.predict_specimen`."""
+        from hep2.fields import predict_specimen  # a feature, which stands on this module
+
+        return predict_specimen(self, sources, **options)
+
+    def explain(self, name: str, cell: Cell) -> Explanation:
+        """Predict one cell, and say where it spoke for each model's answer."""
+        (prediction,) = self.classify_cells([(name, cell)])
+        image = torch.from_numpy(cell.pixels)[None].to(self.device)
+        image = image.to(next(self._classifier.cnn.parameters()).dtype)
+        maps = {
+            model: saliency_map(getattr(self._classifier, model), image)[0].cpu().numpy() for model in BASE_MODELS
+        }
+        maps["ensemble"] = np.mean([maps[model] for model in StackEnsemble.members], axis=0)
+        return Explanation(prediction, maps)
 
 
-def _batches(items: Iterable[T]) -> Iterator[list[T]]:
-    items = iter(items)
-    while batch := list(islice(items, BATCH)):
-        yield batch
+def optimized_for_serving(classifier: Classifier, device: torch.device) -> Classifier:
+    """Return a copy on a device with norms folded into convolutions, and on a GPU with models in half precision."""
+    served = deepcopy(classifier).eval().requires_grad_(False)
+    for sequence in [module for module in served.modules() if isinstance(module, nn.Sequential)]:
+        if [type(module) for module in sequence[:2]] == [nn.Conv2d, nn.BatchNorm2d]:
+            sequence[0], sequence[1] = fuse_conv_bn_eval(sequence[0], sequence[1]), nn.Identity()
+    served = served.to(device, memory_format=torch.channels_last)
+    if device.type == "cuda":
+        for name in BASE_MODELS:
+            getattr(served, name).half()
+    return served
 
 
-def _decoded(name: str, source: ImageSource) -> Cell | Failure:
+def _named(source: ImageSource | tuple[str, ImageSource], number: int) -> tuple[str, ImageSource]:
+    if isinstance(source, tuple):
+        return source
+    return (str(source) if isinstance(source, (str, Path)) else f"image {number}"), source
+
+
+def _load(name: str, source: ImageSource, channel: str | int | None, plane: int | None) -> Cell | Failure:
     try:
-        return load_cell(source)
-    except (ImageError, OSError) as error:
+        return load_cell(source, channel=channel, plane=plane)
+    except (ValueError, OSError) as error:
         return Failure(name, str(error))
-
-
-class Gathering(Generic[T, R]):
-    """Hands over what several threads ask at the same time in one list, as a batch costs a GPU no more than one."""
-
-    def __init__(self, function: Callable[[list[T]], list[R]], most: int = BATCH) -> None:
-        """Take a function that answers each item of a list, and how many items it gets at most."""
-        self.function, self.most = function, most
-        self.waiting: SimpleQueue[tuple[T, Future]] = SimpleQueue()
-        self.lock = Lock()
-
-    def __call__(self, item: T) -> R:
-        """Return the answer to one item, or raise what the function raises for it alone."""
-        own: Future[R] = Future()
-        self.waiting.put((item, own))
-        # While one thread works others queue up here, and the next to come in takes all of them along.
-        with self.lock:
-            while not own.done():
-                self._answer([self.waiting.get() for _ in range(min(self.most, self.waiting.qsize()))])
-        return own.result()
-
-    def _answer(self, batch: list[tuple[T, Future]]) -> None:
-        try:
-            answers = self.function([item for item, _ in batch])
-            for (_, future), answer in zip(batch, answers, strict=True):
-                future.set_result(answer)
-        except Exception as error:
-            if len(batch) == 1:
-                batch[0][1].set_exception(error)
-                return
-            # One item may spoil a list for strangers: each gets a try of its own.
-            for item, future in batch:
-                if not future.done():
-                    self._answer([(item, future)])
