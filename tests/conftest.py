@@ -27,25 +27,31 @@ os.environ.setdefault(
 
 import torch
 
+import hep2
+from hep2.checkpoints import save_classifier
 from hep2.data import Cells, load_cells
-from hep2.models import Refusal, StackEnsemble, build_model
-from hep2.phantoms import phantom_field
-from hep2.weights import save_model, save_refusal
+from hep2.models import BASE_MODELS, MODELS, Classifier, build_model
+from hep2.synthetic import SyntheticCell, synthetic_field
 
 ROOT = Path(__file__).parents[1]
 TRAINING = {
     "recipe": "none",
-    "protocol": "clean",
+    "protocol": "deduplicated",
     "seed": 0,
     "fold": None,
     "dataset": "none",
     "dataset_fingerprint": "0",
 }
+SMALL = {
+    "cnn": {"widths": [8, 8, 16, 16]},
+    "rescnn": {"widths": [8, 8, 16, 16]},
+    "vit": {"stem_widths": [8, 16], "width": 32, "depth": 2, "heads": 2},
+}
 
 
 @pytest.fixture(scope="session")
-def phantoms() -> Cells:
-    return load_cells("phantoms:12")
+def synthetic_cells() -> Cells:
+    return load_cells("synthetic:12")
 
 
 @pytest.fixture(scope="session")
@@ -56,16 +62,19 @@ def real_cells() -> Cells:
     return load_cells(dataset)
 
 
-def save_untrained(folder: Path, seed: int = 0) -> Path:
-    """Save four models with random weights: whole and loadable, but knowing nothing."""
+def small_classifier(seed: int = 0) -> Classifier:
+    """Build a small classifier with random weights, whose norms have seen something."""
     torch.manual_seed(seed)
-    models = {name: build_model(name) for name in ("cnn", "rescnn", "vit")}
-    models["ensemble"] = StackEnsemble(models["cnn"], models["vit"])
-    for name, model in models.items():
-        save_model(folder, name, model, training=TRAINING, temperature=1.5)
-    members = ("cnn", "rescnn", "vit")
-    features = sum(models[name].head.in_features for name in members)
-    save_refusal(folder, Refusal(members, features), members, training=TRAINING)
+    classifier = Classifier(*(build_model(name, SMALL[name]) for name in BASE_MODELS))
+    with torch.no_grad():
+        classifier.features(torch.rand(8, 1, 78, 78))
+    classifier.temperatures.copy_(torch.tensor([1.5, 0.8, 1.25, 2.0]))
+    return classifier.eval()
+
+
+def save_untrained(folder: Path, seed: int = 0) -> Path:
+    """Save a small classifier with random weights: whole and loadable, but knowing nothing."""
+    save_classifier(folder, small_classifier(seed), training=TRAINING, models={name: {} for name in MODELS})
     return folder
 
 
@@ -75,10 +84,10 @@ def untrained(tmp_path_factory) -> Path:
     return save_untrained(tmp_path_factory.mktemp("untrained"))
 
 
-@pytest.fixture
-def few_refusals(monkeypatch):
-    """Let the refusal learn from few images: for a test that is about something else."""
-    monkeypatch.setattr("hep2.refusal.MOST", 48)
+@pytest.fixture(scope="session")
+def bundled() -> hep2.Predictor:
+    """A predictor with the weights that ship."""
+    return hep2.load(device="cpu")
 
 
 class Served(NamedTuple):
@@ -116,8 +125,8 @@ def serving_page(*arguments: str) -> Iterator[Served]:
 FIELD_SHAPE = (480, 640)
 
 
-def field_of(pattern: str, seed: int = 0, **options) -> tuple[np.ndarray, list]:
+def field_of(pattern: str, seed: int = 0, **options) -> tuple[np.ndarray, list[SyntheticCell]]:
     """Draw a field that is small enough for a test, float32, and the cells that lie whole in it."""
     settings = {"shape": FIELD_SHAPE, "nucleus": 60.0} | options
-    image, cells = phantom_field(pattern, np.random.default_rng(seed), **settings)
+    image, cells = synthetic_field(pattern, np.random.default_rng(seed), **settings)
     return image.astype(np.float32), cells
