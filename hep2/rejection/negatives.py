@@ -8,28 +8,53 @@ from scipy.ndimage import gaussian_filter
 
 from hep2.images import ImageError, prepare
 from hep2.patterns import IMAGE_SIZE
-from hep2.synthetic.cells import OTHER_PATTERNS, Nucleus, draw_nucleus, photograph
+from hep2.synthetic import OTHER_PATTERNS, reduce_field, synthetic_cell
 
 Random = np.random.Generator
 
 SHAPE = (IMAGE_SIZE, IMAGE_SIZE)
+# Other patterns whose single cells look like Speckled or Homogeneous: only a field tells them.
+FIELD_ONLY = ("AC-2 ", "AC-13 ", "AC-14 ", "AC-26 ")
 
 
 def draw_negatives(count: int, cells: np.ndarray, random: Random) -> tuple[np.ndarray, list[str]]:
-    """Draw `count` images that are no HEp-2 cells, kind after kind, some of them spoilt from `cells` (cells, 78, 78).
+    """Draw `count` images that show no cell of the six patterns, kind after kind of `NEGATIVES`.
 
-    Returns float32 images (count, 1, 78, 78) in [0, 1], preprocessed as an upload is, and the name of each one's kind.
+    Every second one is shown as a stranger's picture would show it: see `degrade`.
+
+    Parameters
+    ----------
+    cells
+        Cells to make some of them from, (cells, 78, 78), float32 in [0, 1].
+
+    Returns
+    -------
+    Images (count, 1, 78, 78), float32 in [0, 1], preprocessed as an upload is; and the name of each one's kind.
     """
-    images, names = [], []
-    kinds = list(NEGATIVES.items())
+    images, names, kinds = [], [], list(NEGATIVES.items())
     while len(images) < count:
         name, draw = kinds[len(images) % len(kinds)]
+        image = np.asarray(draw(random, cells), dtype=np.float32)
+        if random.random() < 0.5:
+            # Fewer pixels make dots out of anything: nuclear dots are left what they are.
+            image = degrade(image, random, least=0.7 if "nuclear dots" in name else 0.25)
         try:
-            images.append(prepare(np.asarray(draw(random, cells), dtype=np.float32)))
+            images.append(prepare(image))
         except ImageError:  # drawn constant: draw another
             continue
         names.append(name)
     return np.stack(images), names
+
+
+def degrade(image: np.ndarray, random: Random, least: float = 0.25) -> np.ndarray:
+    """Show an image (rows, columns) as a stranger's picture would: blurred, with fewer pixels, every second as JPEG.
+
+    Rows and columns are reduced by a factor between `least` and 1. Returns float32, 0 to 255.
+    """
+    image = gaussian_filter(image, random.uniform(0, 2 * (1 - least)))
+    grey = (255 * (image - image.min()) / max(np.ptp(image), 1e-9)).astype(np.uint8)
+    quality = int(random.integers(40, 96)) if random.random() < 0.5 else None
+    return reduce_field(grey, [], least ** random.random(), quality)[0].astype(np.float32)
 
 
 def noise(random: Random, cells: np.ndarray) -> np.ndarray:
@@ -40,30 +65,28 @@ def noise(random: Random, cells: np.ndarray) -> np.ndarray:
     return np.real(np.fft.ifft2(spectrum))
 
 
-def gradient(random: Random, cells: np.ndarray) -> np.ndarray:
-    """Light that falls off to one side, or round a place."""
-    row, column = np.mgrid[0:1:78j, 0:1:78j]
-    direction = random.uniform(0, 2 * np.pi)
-    light = np.cos(direction) * row + np.sin(direction) * column
+def stripes(random: Random, cells: np.ndarray) -> np.ndarray:
+    """Stripes or checks, soft or sharp, up to a light that falls off to one side."""
+    row, column = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE]
+    tilt, periods = random.uniform(0, np.pi), 3 * 100 ** random.uniform(0, 1, 2)
+    image = np.sin(2 * np.pi * (column * np.cos(tilt) + row * np.sin(tilt)) / periods[0] + random.uniform(0, 6))
     if random.random() < 0.5:
-        light = np.hypot(row - random.random(), column - random.random()) ** random.uniform(0.5, 3)
-    return light + random.uniform(0, 0.05) * random.normal(size=SHAPE)
+        image *= np.sin(2 * np.pi * (row * np.cos(tilt) - column * np.sin(tilt)) / periods[1])
+    image = np.sign(image) if random.random() < 0.3 else image
+    return image + random.uniform(0, 0.3) * random.normal(size=SHAPE)
 
 
 def clutter(random: Random, cells: np.ndarray) -> np.ndarray:
-    """Boxes and ovals that hide each other, the statistics of a photograph (dead leaves, Lee et al. 2001)."""
-    row, column = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE]
-    image = np.zeros(SHAPE)
+    """Shapes that hide each other, the statistics of a photograph (dead leaves, Lee et al. 2001)."""
+    paper = Image.new("L", SHAPE)
+    pen = ImageDraw.Draw(paper)
     for _ in range(random.integers(5, 80)):
-        top, left = random.uniform(-10, IMAGE_SIZE + 10, 2)
-        tilt, flattening, size = random.uniform(0, np.pi), random.uniform(0.3, 1), min(60, 3 / random.uniform(0.04, 1))
-        along = (column - left) * np.cos(tilt) + (row - top) * np.sin(tilt)
-        across = ((row - top) * np.cos(tilt) - (column - left) * np.sin(tilt)) / flattening
-        box = random.random() < 0.5
-        inside = (np.maximum(abs(along), abs(across)) if box else np.hypot(along, across)) < size
-        image[inside] = random.random() + random.uniform(0, 0.3) * along[inside] / IMAGE_SIZE
-    image += random.uniform(0, 0.05) * random.normal(size=SHAPE)
-    return gaussian_filter(image, random.uniform(0.3, 2))
+        corners = random.uniform(-10, IMAGE_SIZE + 10, 2) + random.normal(0, 1, (5, 2)) * 3 / random.uniform(0.06, 1)
+        if random.random() < 0.5:
+            pen.ellipse([*corners.min(axis=0), *corners.max(axis=0)], fill=int(random.integers(256)))
+        else:
+            pen.polygon([tuple(corner) for corner in corners], fill=int(random.integers(256)))
+    return gaussian_filter(np.asarray(paper, float), random.uniform(0.3, 2)) + random.normal(0, 5, SHAPE)
 
 
 def writing(random: Random, cells: np.ndarray) -> np.ndarray:
@@ -71,30 +94,15 @@ def writing(random: Random, cells: np.ndarray) -> np.ndarray:
     paper = Image.new("L", SHAPE, int(random.integers(0, 60)))
     pen = ImageDraw.Draw(paper)
     if random.random() < 0.5:
-        size = int(random.integers(7, 45))
-        font = ImageFont.load_default(size)
-        for row in range(-5, IMAGE_SIZE, int(size * random.uniform(1, 1.6)) + 1):
-            text = "".join(map(chr, random.integers(33, 127, 24)))
-            pen.text((int(random.integers(-20, 10)), row), text, fill=int(random.integers(120, 256)), font=font)
+        font = ImageFont.load_default(int(random.integers(7, 45)))
+        text = "\n".join("".join(map(chr, random.integers(33, 127, 24))) for _ in range(12))
+        pen.multiline_text(tuple(random.uniform(-20, 10, 2)), text, fill=int(random.integers(120, 256)), font=font)
     else:
         for _ in range(random.integers(1, 14)):
             points = [tuple(point) for point in random.uniform(-10, IMAGE_SIZE + 10, (random.integers(2, 5), 2))]
             pen.line(points, fill=int(random.integers(80, 256)), width=int(random.integers(1, 8)))
-    image = np.asarray(paper, dtype=float)
-    image = 255 - image if random.random() < 0.5 else image
+    image = np.asarray(paper, dtype=float) * random.choice([1, -1])
     return gaussian_filter(image, random.uniform(0.2, 1.5)) + random.uniform(0, 15) * random.normal(size=SHAPE)
-
-
-def stripes(random: Random, cells: np.ndarray) -> np.ndarray:
-    """Stripes or checks, soft or sharp."""
-    row, column = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE]
-    tilt, periods = random.uniform(0, np.pi), random.uniform(3, 40, 2)
-    image = np.sin(2 * np.pi * (column * np.cos(tilt) + row * np.sin(tilt)) / periods[0])
-    if random.random() < 0.5:
-        image *= np.sin(2 * np.pi * (row * np.cos(tilt) - column * np.sin(tilt)) / periods[1])
-    if random.random() < 0.4:
-        image = np.sign(image)
-    return image + random.uniform(0, 0.3) * random.normal(size=SHAPE)
 
 
 def background(random: Random, cells: np.ndarray) -> np.ndarray:
@@ -105,7 +113,7 @@ def background(random: Random, cells: np.ndarray) -> np.ndarray:
 
 def halves(random: Random, cells: np.ndarray) -> np.ndarray:
     """Two cells, each cut in half, side by side or one above the other."""
-    one, other = cells[random.integers(len(cells), size=2)]
+    one, other = random.choice(cells, 2)
     cut = int(random.integers(28, 51))
     image = np.concatenate([one[:, cut:], other[:, :cut]], axis=1)
     return image if random.random() < 0.5 else image.T
@@ -113,20 +121,15 @@ def halves(random: Random, cells: np.ndarray) -> np.ndarray:
 
 def off_centre(random: Random, cells: np.ndarray) -> np.ndarray:
     """Less than half a cell, at the border of the image."""
-    cell, shift = cells[random.integers(len(cells))], int(random.integers(34, 60))
+    cell, shift = random.choice(cells), int(random.integers(34, 60))
     image = np.median(cell[[0, -1]]) + random.uniform(0, 0.03) * random.normal(size=SHAPE)
     image[: IMAGE_SIZE - shift] = cell[shift:]
     return np.rot90(image, random.integers(4))
 
 
-def inverted(random: Random, cells: np.ndarray) -> np.ndarray:
-    """A negative: dark cell on bright ground."""
-    return 1 - cells[random.integers(len(cells))]
-
-
 def out_of_focus(random: Random, cells: np.ndarray) -> np.ndarray:
     """A cell blurred until its pattern is gone."""
-    blurred = gaussian_filter(cells[random.integers(len(cells))], random.uniform(3.5, 12))
+    blurred = gaussian_filter(random.choice(cells), random.uniform(3.5, 12))
     return blurred + random.uniform(0, 0.01) * random.normal(size=SHAPE)
 
 
@@ -134,69 +137,39 @@ def shuffled(random: Random, cells: np.ndarray) -> np.ndarray:
     """A cell cut into tiles and put together at random."""
     side = int(random.choice([3, 6, 13, 26, 39]))  # tiles a side
     tile = IMAGE_SIZE // side
-    tiles = cells[random.integers(len(cells))].reshape(side, tile, side, tile).swapaxes(1, 2).reshape(-1, tile, tile)
+    tiles = random.choice(cells).reshape(side, tile, side, tile).swapaxes(1, 2).reshape(-1, tile, tile)
     return random.permutation(tiles).reshape(side, side, tile, tile).swapaxes(1, 2).reshape(SHAPE)
 
 
-def scrambled(random: Random, cells: np.ndarray) -> np.ndarray:
-    """The spatial frequencies of a cell, without its form."""
-    cell = cells[random.integers(len(cells))]
-    phase = np.angle(np.fft.fft2(random.normal(size=SHAPE)))
-    return np.real(np.fft.ifft2(abs(np.fft.fft2(cell - cell.mean())) * np.exp(1j * phase)))
-
-
 def too_near(random: Random, cells: np.ndarray) -> np.ndarray:
-    """A piece of a nucleus, enlarged to the whole image."""
+    """A piece of a nucleus, enlarged to the whole image when it is prepared."""
     side = int(random.integers(12, 30))
     top, left = random.integers(0, IMAGE_SIZE - side, 2)
-    piece = cells[random.integers(len(cells))][top : top + side, left : left + side]
-    return np.asarray(Image.fromarray(piece).resize(SHAPE, Image.Resampling.BICUBIC))
+    return random.choice(cells)[top : top + side, left : left + side]
 
 
 def too_far(random: Random, cells: np.ndarray) -> np.ndarray:
-    """Many cells in one image, each far too small."""
-    side = int(random.integers(14, 28))
-    count = -(-IMAGE_SIZE // side)
-    small = [
-        np.asarray(Image.fromarray(cell).resize((side, side), Image.Resampling.BICUBIC)) * random.uniform(0.4, 1)
-        for cell in cells[random.integers(len(cells), size=count * count)]
-    ]
-    mosaic = np.stack(small).reshape(count, count, side, side).swapaxes(1, 2).reshape(count * side, count * side)
-    return mosaic[:IMAGE_SIZE, :IMAGE_SIZE]
+    """Many cells in one image, each far too small once it is prepared."""
+    side = int(random.integers(3, 7))
+    return np.block([[random.uniform(0.4, 1) * random.choice(cells) for _ in range(side)] for _ in range(side)])
 
 
-def other_pattern(stain: str) -> Callable[[Random, np.ndarray], np.ndarray]:
-    """Return a draw function for a cell of another pattern than the six; see `hep2.synthetic.OTHER_PATTERNS`."""
-
-    def draw(random: Random, cells: np.ndarray) -> np.ndarray:
-        return photograph(OTHER_PATTERNS[stain](_nucleus(random), random), random)
-
-    return draw
-
-
-def _nucleus(random: Random) -> Nucleus:
-    centre = tuple(IMAGE_SIZE / 2 + random.normal(0, 4, 2))
-    return draw_nucleus(SHAPE, centre, random.uniform(14, 27), random)
-
-
-# Draw functions take a generator and cells (cells, 78, 78) float32 in [0, 1], and return one image (78, 78).
+# Draw functions take a generator and cells (cells, 78, 78) float32 in [0, 1], and return one image.
 NEGATIVES: dict[str, Callable[[Random, np.ndarray], np.ndarray]] = {
     "noise": noise,
-    "gradients": gradient,
+    "stripes": stripes,
     "clutter": clutter,
     "writing": writing,
-    "stripes": stripes,
     "background": background,
     "two halves of cells": halves,
     "less than half a cell": off_centre,
-    "inverted cells": inverted,
+    "inverted cells": lambda random, cells: -random.choice(cells),
     "out-of-focus cells": out_of_focus,
     "shuffled cells": shuffled,
-    "scrambled cells": scrambled,
     "pieces of a nucleus": too_near,
     "many small cells": too_far,
-    "mitochondria": other_pattern("mitochondria"),
-    "few nuclear dots": other_pattern("few nuclear dots"),
-    "fibres": other_pattern("fibres"),
-    "diffuse cytoplasm": other_pattern("diffuse cytoplasm"),
+} | {
+    name: lambda random, cells, pattern=name: synthetic_cell(pattern, random)
+    for name in OTHER_PATTERNS
+    if not name.startswith(FIELD_ONLY)
 }
