@@ -129,16 +129,6 @@ class _Handler(BaseHTTPRequestHandler):
         repository.refs[tag] = repository.files(revision)[0]
         self.answer(200, {})
 
-    def do_DELETE(self) -> None:
-        self.server.requests.append(("DELETE", self.path))
-        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tag/(.+)", self.path)
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            self.answer(401, {"error": "Invalid credentials in Authorization header"})
-        elif match and self.server.repositories[match[1]].refs.pop(unquote(match[2]), None):
-            self.answer(200, {})
-        else:
-            self.answer(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
-
     def do_HEAD(self) -> None:
         self.do_GET()
 
@@ -149,6 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
             pass
         elif self.headers.get("Authorization", f"Bearer {TOKEN}") != f"Bearer {TOKEN}":
             self.answer(401, {"error": "Invalid credentials in Authorization header"})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/refs", path):
+            if self.find(match[1], "main"):
+                self.list_refs(self.server.repositories[match[1]].refs)
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path):
             if found := self.find(match[1], match[3] or "main"):
                 self.list_files(match[1], *found, tree=match[2] == "tree")
@@ -181,6 +174,14 @@ class _Handler(BaseHTTPRequestHandler):
             private = self.server.repositories[name].private
             self.answer(200, {"id": name, "sha": commit, "siblings": siblings, "private": private, "tags": []})
 
+    def list_refs(self, refs: dict[str, str]) -> None:
+        entries = {"branches": [], "tags": [], "converts": []}
+        for name, commit in refs.items():
+            kind = "branches" if name == "main" else "tags"
+            ref = f"refs/{'heads' if name == 'main' else 'tags'}/{name}"
+            entries[kind].append({"name": name, "ref": ref, "targetCommit": commit})
+        self.answer(200, entries)
+
     def send_file(self, commit: str, files: dict[str, bytes], path: str) -> None:
         if path not in files:
             self.answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
@@ -198,9 +199,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.server.truncations and len(data) > 100_000:
+        if self.server.truncations and len(data) > 10_000:
             self.server.truncations -= 1
-            self.wfile.write(data[start : start + 50_000])
+            self.wfile.write(data[start : start + 5_000])
             self.close_connection = True
             return
         self.wfile.write(data[start:])
