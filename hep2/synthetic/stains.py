@@ -126,10 +126,9 @@ def _cytoplasmic(
 ) -> np.ndarray:
     # AC-0 (hardly stained), AC-19 (ribosomes: dense), AC-20 (Jo-1: fine speckles), AC-21 (mitochondria: a coarse net);
     # the nucleus is darker than the cytoplasm, of AC-0 often like it.
-    darker = serum.uniform(0.4, 1) if light[1] > 0.2 else serum.uniform(0, 0.5)
-    texture = np.exp(
-        rough * serum.uniform(0.7, 1.3) * grain(nucleus.depth.shape, size * serum.uniform(0.8, 1.3), random)
-    )
+    darker = serum.uniform(0.4, 1) if light[1] > 0.3 else serum.uniform(0, 0.5)
+    rough, size = rough * serum.uniform(0.7, 1.3), size * serum.uniform(0.8, 1.3)
+    texture = np.exp(rough * grain(nucleus.depth.shape, size, random))
     return serum.uniform(*light) * draw_body(nucleus, random) * texture * (1 - darker * nucleus.inside)
 
 
@@ -159,10 +158,8 @@ def draw_mitosis(nucleus: Nucleus, tilt: float, stain: "Stain", random: Random) 
     else dark in what stain the cell has.
     """
     along, across = turned(nucleus, tilt)
-    length, width, apart = random.choice([(15, 6, 0), (13, 4.5, 0), (14, 10, 0), (13, 4.5, 8)]) * random.uniform(
-        0.9, 1.1
-    )
-    plate = np.exp(-((along / length) ** 4) - ((abs(across) - apart) / width) ** 4)
+    length, width, apart = random.choice([(15, 6, 0), (13, 4.5, 0), (14, 10, 0), (13, 4.5, 8)])
+    plate = np.exp(-((along / (length * random.uniform(0.85, 1.15))) ** 4) - ((abs(across) - apart) / width) ** 4)
     body = random.uniform(*stain.glow) / (1 + np.exp(np.hypot(along, across) - 1.05 * nucleus.radius))
     body *= 1 + 0.1 * grain(along.shape, 1.2, random)
     dark = body * (1 - random.uniform(0.5, 0.9) * plate)
