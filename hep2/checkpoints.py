@@ -66,7 +66,7 @@ def save_classifier(
     """Write a classifier into `folder`, whole or not at all.
 
     Filters and matrices of CNN, ResCNN and ViT are stored at half precision, which halves the download and changes no
-    verdict; the rest, and so the running variances of batch norm, which half precision cannot hold, at single precision.
+    verdict. The rest is stored at single precision: half cannot hold the running variances of batch norm, for one.
 
     Parameters
     ----------
@@ -131,6 +131,11 @@ def load_classifier(folder: Path | str = BUNDLED, *, source: str | None = None, 
         classifier.load_state_dict(halves, strict=True)
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:  # a size that no memory holds among it
         raise ValueError(f"{path} does not fit {folder / 'config.json'}: {' '.join(str(error).split())}") from error
+    for name, temperature in zip(MODELS, classifier.temperatures.tolist(), strict=True):
+        if temperature != (written := config["models"][name]["temperature"]):
+            raise ValueError(
+                f"{path} does not fit {folder / 'config.json'}: {name} has temperatures {temperature}, {written}"
+            )
     digest = hashlib.sha256(data).hexdigest()[:12]
     metrics, notes = {}, ("metrics.json is not there: how good these weights are is not known",)
     if (folder / "metrics.json").exists():
