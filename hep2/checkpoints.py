@@ -133,9 +133,7 @@ def load_classifier(folder: Path | str = BUNDLED, *, source: str | None = None, 
         raise ValueError(f"{path} does not fit {folder / 'config.json'}: {' '.join(str(error).split())}") from error
     for name, temperature in zip(MODELS, classifier.temperatures.tolist(), strict=True):
         if temperature != (written := config["models"][name]["temperature"]):
-            raise ValueError(
-                f"{path} does not fit {folder / 'config.json'}: {name} has temperatures {temperature}, {written}"
-            )
+            raise ValueError(f"{path} says that the temperature of {name} is {temperature}, the config {written}")
     digest = hashlib.sha256(data).hexdigest()[:12]
     metrics, notes = {}, ("metrics.json is not there: how good these weights are is not known",)
     if (folder / "metrics.json").exists():

@@ -1,18 +1,15 @@
 import pytest
 import torch
+from conftest import small_classifier
 from torch import nn
 
-from hep2.models import MODELS, SpecimenSupervision, StackEnsemble, ViTConfig, build_model, probabilities
+from hep2.models import BASE_MODELS, MODELS, Rejection, StackEnsemble, ViTConfig, build_model
 from hep2.patterns import CLASS_NAMES
 
-SINGLE = [name for name in MODELS if name != "ensemble"]
 
-
-@pytest.fixture(params=list(MODELS))
+@pytest.fixture(params=BASE_MODELS)
 def model(request) -> nn.Module:
     torch.manual_seed(0)
-    if request.param == "ensemble":
-        return StackEnsemble(build_model("cnn"), build_model("vit")).eval()
     return build_model(request.param).eval()
 
 
@@ -26,11 +23,11 @@ def test_forward_gives_six_finite_logits_that_do_not_depend_on_the_batch(model):
     assert (logits.sum(1) - 1).abs().min() > 1e-3  # logits, not probabilities
 
 
-def test_every_parameter_of_a_single_model_gets_a_gradient():
-    for name in SINGLE:
-        model = build_model(name, {"stochastic_depth": 0.0} if name == "vit" else {}).train()
-        nn.functional.cross_entropy(model(torch.rand(4, 1, 78, 78)), torch.arange(4)).backward()
-        assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+@pytest.mark.parametrize(("name", "architecture"), [("cnn", {}), ("rescnn", {}), ("vit", {"stochastic_depth": 0.0})])
+def test_every_parameter_gets_a_gradient(name, architecture):
+    model = build_model(name, architecture).train()
+    nn.functional.cross_entropy(model(torch.rand(4, 1, 78, 78)), torch.arange(4)).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 @pytest.mark.parametrize("name", ["cnn", "rescnn"])
@@ -52,7 +49,7 @@ def test_cnn_and_rescnn_differ_by_the_skips_alone():
     torch.testing.assert_close(cnn(images), rescnn(images))
 
 
-def test_vit_reads_its_class_token_alone_where_asked():
+def test_vit_pools_its_class_token_alone_where_asked():
     model = build_model("vit", {"stem_widths": [], "pooling": "class token"}).eval()
     tokens = torch.rand(2, 170, 128)
     torch.testing.assert_close(model.pool(tokens), tokens[:, 0])
@@ -83,7 +80,7 @@ def test_a_vit_of_another_shape_shows_it(change):
 
 
 @pytest.mark.parametrize("patch_size", [0, -6, 4, 7, 16, 79])
-def test_vit_config_refuses_a_patch_size_that_does_not_divide_78(patch_size):
+def test_vit_config_rejects_a_patch_size_that_does_not_divide_78(patch_size):
     with pytest.raises(ValueError, match=r"does not divide 78: choose one of \[1, 2, 3, 6, 13, 26, 39, 78\]"):
         build_model("vit", {"patch_size": patch_size})
 
@@ -92,7 +89,7 @@ def test_vit_config_refuses_a_patch_size_that_does_not_divide_78(patch_size):
     ("name", "architecture", "message"),
     [
         ("alexnet", {}, "choose one of"),
-        ("ensemble", {}, "choose one of"),
+        ("ensemble", {"members": ["cnn"]}, "unknown fields"),
         ("cnn", {"depth": 3}, "unknown fields"),
         ("cnn", {"widths": [32, 64]}, "four positive whole numbers"),
         ("cnn", {"widths": [32, 64, 128, -1]}, "four positive whole numbers"),
@@ -108,53 +105,80 @@ def test_build_model_says_what_does_not_fit(name, architecture, message):
         build_model(name, architecture)
 
 
-def test_ensemble_reads_its_members_probabilities_and_trains_one_linear_layer():
-    torch.manual_seed(0)
-    cnn, vit = build_model("cnn"), build_model("vit")
-    ensemble = StackEnsemble(cnn, vit, (2.0, 0.5)).train()
-    assert not cnn.training
-    assert not vit.training
-    assert [n for n, p in ensemble.named_parameters() if p.requires_grad] == ["linear.weight", "linear.bias"]
-    assert ensemble.linear.weight.shape == (6, 12)
-    images = torch.rand(3, 1, 78, 78)
-    expected = torch.cat([(cnn(images) / 2).softmax(1), (vit(images) / 0.5).softmax(1)], 1)
-    torch.testing.assert_close(ensemble.member_probabilities(images), expected)
-    torch.testing.assert_close(ensemble(images), ensemble.linear(expected))
+def test_stack_starts_as_the_mean_of_its_members_and_is_one_linear_layer():
+    stack = StackEnsemble()
+    assert [(name, tuple(p.shape)) for name, p in stack.named_parameters()] == [
+        ("linear.weight", (6, 12)),
+        ("linear.bias", (6,)),
+    ]
+    members = torch.rand(3, 2, 6).softmax(2)
+    ranks = [values.argsort(1) for values in (stack(members.flatten(1)), members.mean(1))]
+    assert torch.equal(*ranks)
 
 
-def test_specimen_supervision_trains_the_class_and_the_specimen_and_evaluates_the_class():
-    torch.manual_seed(0)
-    model = build_model("cnn", {"widths": [4, 4, 8, 8]})
-    class_of = torch.tensor([0, 0, 1, 2, 3, 4, 5, 5])
-    supervised = SpecimenSupervision(model, class_of)
-    images, specimens = torch.rand(5, 1, 78, 78), torch.tensor([0, 1, 2, 6, 7])
-    log_probabilities = supervised.train()(images)
-    torch.testing.assert_close(log_probabilities.exp().sum(1), torch.ones(5))
-    pooled = model.pool(model.forward_features(images))
-    within = supervised.specimens(pooled)
-    expected = nn.functional.cross_entropy(model.head(pooled), class_of[specimens], reduction="sum")
-    for row, specimen in enumerate(specimens):
-        same = class_of == class_of[specimen]
-        expected -= within[row, same].log_softmax(0)[int(same[:specimen].sum())]
-    loss = nn.functional.cross_entropy(log_probabilities, specimens, reduction="sum")
-    torch.testing.assert_close(loss, expected)
-    supervised.eval()
-    torch.testing.assert_close(supervised(images), model(images))
+def test_stack_keeps_single_precision_under_autocast():
+    stack, shares = StackEnsemble(), torch.rand(3, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = stack(shares)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, stack(shares))
 
 
-def test_specimen_supervision_that_tells_none_apart_trains_the_class_alone():
-    torch.manual_seed(0)
-    model = build_model("cnn", {"widths": [4, 4, 8, 8]}).train()
-    supervised = SpecimenSupervision(model, torch.tensor([0, 0, 1, 2, 3, 4, 5, 5])).train()
-    supervised.telling_apart = False
-    images = torch.rand(5, 1, 78, 78)
-    logits = supervised(images)
-    torch.testing.assert_close(logits, model(images))
-    logits.square().sum().backward()
-    assert not supervised.specimens.weight.grad.any()  # and not None, which several processes would wait for
+def test_rejection_scores_standardised_features_and_no_feature_decides_alone():
+    rejection = Rejection(4)
+    with torch.no_grad():
+        rejection.linear.weight.fill_(1)
+        rejection.linear.bias.zero_()
+    rejection.mean.fill_(2)
+    rejection.spread.fill_(0.5)
+    scores = rejection(torch.tensor([[2.0, 2, 2, 2], [2.5, 2, 2, 2], [1e9, 2, 2, 2]]))
+    torch.testing.assert_close(scores, torch.tensor([0.0, 1.0, 8.0]))
 
 
-def test_probabilities_sum_to_one_and_soften_with_temperature():
-    logits = torch.tensor([[5.0, 0, 0, 0, 0, 0]])
-    assert probabilities(logits).sum().item() == pytest.approx(1)
-    assert probabilities(logits, 2.0).max() < probabilities(logits).max()
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.rand(5, 1, 78, 78, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_one_pass_of_the_classifier_is_the_four_models_called_one_by_one(images):
+    classifier = small_classifier()
+    classifier.rejection.threshold.fill_(0)
+    answers = classifier(images)
+    temperatures = dict(zip(MODELS, classifier.temperatures, strict=True))
+    single = {name: (getattr(classifier, name)(images) / temperatures[name]).softmax(1) for name in BASE_MODELS}
+    stacked = classifier.ensemble(torch.cat([single["cnn"], single["vit"]], dim=1))
+    expected = [*single.values(), (stacked / temperatures["ensemble"]).softmax(1)]
+    assert answers.probabilities.shape == (5, len(MODELS), len(CLASS_NAMES))
+    torch.testing.assert_close(answers.probabilities, torch.stack(expected, dim=1), rtol=0, atol=1e-6)
+    models = [getattr(classifier, name) for name in BASE_MODELS]
+    pooled = torch.cat([model.pool(model.forward_features(images)) for model in models], dim=1)
+    torch.testing.assert_close(answers.rejection, classifier.rejection(pooled), rtol=0, atol=1e-5)
+    assert torch.equal(answers.rejected, answers.rejection < 0)
+
+
+@torch.no_grad()
+def test_classifier_runs_each_model_once(images):
+    classifier, runs = small_classifier(), []
+    for name in BASE_MODELS:
+        stem = getattr(classifier, name).stem
+        stem.register_forward_hook(lambda *_, name=name: runs.append(name))
+    classifier(images)
+    assert runs == list(BASE_MODELS)
+
+
+@torch.no_grad()
+def test_classifier_rejects_nothing_before_its_rejection_is_fitted(images):
+    assert not small_classifier()(images).rejected.any()
+
+
+@torch.no_grad()
+def test_a_temperature_softens_one_models_answers_and_no_verdict(images):
+    classifier = small_classifier()
+    before = classifier(images).probabilities
+    classifier.temperatures[1] *= 10
+    after = classifier(images).probabilities
+    changed = (before - after).abs().amax((0, 2)) > 0
+    assert changed.tolist() == [False, True, False, False]  # the stack does not take the ResCNN
+    assert (after[:, 1].amax(1) < before[:, 1].amax(1)).all()
+    assert torch.equal(after.argmax(2), before.argmax(2))
