@@ -1,4 +1,4 @@
-"""The command line: `python -m hep2 classify | specimen | evaluate | stress | bench | audit | phantoms`."""
+"""The command line: `python -m hep2 classify | specimen | evaluate | synthesize`."""
 
 import argparse
 import csv
@@ -6,386 +6,326 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from contextlib import ExitStack, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
 from tqdm import tqdm
 
 from hep2 import __version__
-from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES, is_synthetic
 
 if TYPE_CHECKING:
-    from hep2.weights import Weights
+    from hep2.checkpoints import Weights
+    from hep2.fields import SpecimenPrediction
+    from hep2.images import ImageSource
+    from hep2.predictor import Prediction
+
+PROTOCOLS = ("deduplicated", "reference", "specimen")  # as in hep2.data, which takes seconds to import
+STOPPED = 130  # exit status of a command that Ctrl-C has ended
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status: 0, or 1 if anything failed, having done all the rest."""
-    parser = argparse.ArgumentParser(prog="python -m hep2", description="Read HEp-2 cells. Not for clinical use.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    classify = commands.add_parser("classify", help="give a verdict for each image")
-    classify.add_argument(
-        "images", nargs="*", metavar="IMAGE", help="PNG, JPEG, TIFF, BMP or WebP of one cell, or a folder of such"
-    )
-    classify.add_argument("--dataset", metavar="NAME", help="read the cells of a dataset: Hub name, folder or phantoms")
-    classify.add_argument(
-        "--output", type=Path, metavar="CSV", help="write a table, with a progress bar; started again, it goes on"
-    )
-    form = classify.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object a line, one line an image")
-    form.add_argument("--csv", action="store_true", help="a table with a line for each image")
-    add_weights_option(classify)
-    classify.set_defaults(run=_classify)
-
-    specimen = commands.add_parser("specimen", help="find and read the cells of whole slide fields of one specimen")
-    specimen.add_argument("fields", nargs="+", metavar="FIELD", help="image of many cells, or a folder of such")
-    specimen.add_argument("--pixel-size", type=float, metavar="MICROMETRES", help="default: from the nuclei themselves")
-    form = specimen.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object, with every cell")
-    form.add_argument("--csv", action="store_true", help="a table with a line for each cell")
-    specimen.add_argument(
-        "--overlay", type=Path, metavar="PNG", help="draw the cells into the field, or, numbered, the fields"
-    )
-    add_weights_option(specimen)
-    specimen.set_defaults(run=_specimen)
-
-    evaluate = commands.add_parser("evaluate", help="measure weights on test cells that they have not seen")
-    _add_dataset(evaluate)
-    evaluate.add_argument(
-        "--protocol",
-        choices=("paper", "clean", "specimen"),
-        help="how the cells are divided (default: as the weights were trained with); specimen without --fold "
-        "trains and measures models on each of the four folds, and goes on where it was stopped",
-    )
-    evaluate.add_argument("--seed", type=int, help="of the split (default: the weights' own)")
-    evaluate.add_argument("--fold", type=int, help="0 to 3: measure weights that were trained on that fold")
-    evaluate.add_argument("--output", type=Path, required=True, metavar="DIR", help="for metrics.json and the rest")
-    evaluate.add_argument("--recipe", help="for the four folds: see train.py (default: tuned)")
-    evaluate.add_argument("--epochs", type=int, help="for the four folds, in place of the recipe's")
-    add_weights_option(evaluate)
-    evaluate.set_defaults(run=_evaluate)
-
-    stress = commands.add_parser("stress", help="spoil test cells, and give images that are no cells")
-    _add_dataset(stress)
-    stress.add_argument("--json", action="store_true", help="one JSON object in place of the tables")
-    add_weights_option(stress)
-    stress.set_defaults(run=_stress)
-
-    bench = commands.add_parser("bench", help="measure speed on this machine, beside ordinary networks")
-    bench.add_argument("--json", action="store_true", help="one JSON object in place of the tables")
-    bench.add_argument("--training", action="store_true", help="measure training as well")
-    add_weights_option(bench)
-    bench.set_defaults(run=_bench)
-
-    audit = commands.add_parser("audit", help="count a dataset's classes and find its duplicates")
-    _add_dataset(audit)
-    audit.add_argument("--json", action="store_true", help="one JSON object, with the name of every duplicate")
-    audit.set_defaults(run=_audit)
-
-    phantoms = commands.add_parser("phantoms", help="make synthetic cells, or fields")
-    phantoms.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets a folder for each pattern")
-    phantoms.add_argument("--count", type=int, default=5, help="cells of each pattern (default: 5)")
-    phantoms.add_argument("--fields", action="store_true", help="a whole field of each pattern in place of cells")
-    phantoms.add_argument("--seed", type=int, default=0, help="the same seed makes the same cells (default: 0)")
-    phantoms.set_defaults(run=_phantoms)
-
-    arguments = parser.parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no UTF-8 come out as they went in
+    arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files that are no UTF-8 come out as they went in
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         status = arguments.run(arguments)
         sys.stdout.flush()
         return status
+    except KeyboardInterrupt:
+        hint = "give --output TABLE.csv, and the same command goes on where it was stopped"
+        if getattr(arguments, "output", None):
+            hint = "give the same command again, and it goes on"
+        _say(f"stopped; {hint if arguments.command == 'classify' else 'nothing was written'}")
+        return STOPPED
     except BrokenPipeError:  # who reads the output has seen enough, as `head` has; what is left would fail at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"hep2: {error}", file=sys.stderr)
+        _say(error)
         return 1
 
 
-def _add_dataset(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", default=DEFAULT_DATASET, help="Hub name, local folder, or phantoms[:COUNT]")
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m hep2", description="Read HEp-2 cells. Not for clinical use.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    classify = commands.add_parser("classify", help="give a verdict for each image of a cell")
+    classify.add_argument("images", nargs="*", metavar="IMAGE", help="image of one cell, folder of such, or - (stdin)")
+    classify.add_argument("--dataset", metavar="NAME", help="in place of images: Hub name, folder or synthetic[:COUNT]")
+    classify.add_argument("--output", type=Path, metavar="TABLE", help="CSV or Parquet; started again, it goes on")
+    classify.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help="work on a Ray cluster, here or there")
+    _add_common(classify, json="one JSON object a line, one line an image", csv="a table with a line for each image")
+    classify.set_defaults(run=_classify)
+
+    specimen = commands.add_parser("specimen", help="find and classify the cells in the slide fields of one specimen")
+    specimen.add_argument(
+        "images", nargs="+", metavar="FIELD", help="image of many cells, folder of such, or - (stdin)"
+    )
+    specimen.add_argument("--pixel-size", type=_micrometres, metavar="MICROMETRES", help="default: from file or nuclei")
+    specimen.add_argument("--overlay", type=Path, metavar="PNG", help="draw the cells into the field, or the fields")
+    _add_common(specimen, json="one JSON object, with every cell", csv="a table with a line for each cell")
+    specimen.set_defaults(run=_specimen)
+
+    evaluate = commands.add_parser("evaluate", help="measure weights on test cells that they have not seen")
+    evaluate.add_argument("--dataset", default=DEFAULT_DATASET, help="Hub name, local folder, or synthetic[:COUNT]")
+    evaluate.add_argument("--protocol", choices=PROTOCOLS, help="how to divide the cells (default: the weights' own)")
+    evaluate.add_argument("--seed", type=_natural, help="of the split (default: the weights' own)")
+    evaluate.add_argument("--fold", type=_natural, help="of the protocol specimen, 0 to 3 (default: the weights' own)")
+    evaluate.add_argument("--output", type=Path, required=True, metavar="DIR", help="for metrics.json and the rest")
+    add_weights_option(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    synthesize = commands.add_parser("synthesize", help="draw synthetic cells, or fields")
+    synthesize.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets a folder for each pattern")
+    synthesize.add_argument("--count", type=_natural, default=5, help="cells of each pattern (default: 5)")
+    synthesize.add_argument("--fields", action="store_true", help="a slide field of each pattern in place of cells")
+    synthesize.add_argument("--seed", type=_natural, default=0, help="the same seed makes the same images (default: 0)")
+    synthesize.set_defaults(run=_synthesize)
+    return parser
 
 
-def _default_weights() -> str | None:
-    return os.environ.get("HEP2_WEIGHTS") or None  # a Space's variable may be left empty
+def _add_common(parser: argparse.ArgumentParser, **forms: str) -> None:
+    group = parser.add_mutually_exclusive_group()
+    for form, description in forms.items():
+        group.add_argument(f"--{form}", action="store_true", help=description)
+    parser.add_argument("--channel", metavar="NAME", help="the channel to read: a name, a colour, or a number from 1")
+    parser.add_argument("--plane", type=int, metavar="NUMBER", help="the page or focal plane to read, from 1")
+    add_weights_option(parser)
 
 
 def add_weights_option(parser: argparse.ArgumentParser) -> None:
-    """Let a command line name the weights to read with."""
+    """Let a command line name the weights."""
     parser.add_argument(
         "--weights",
-        default=_default_weights(),
+        default=os.environ.get("HEP2_WEIGHTS") or None,  # a Space's variable may be left empty
         metavar="NAME",
         help="OWNER/NAME[@revision] on the Hub or a folder (default: HEP2_WEIGHTS, else the bundled ones)",
     )
 
 
-def _open_weights(name: str | None) -> "Weights":
-    # PyTorch takes seconds to import: help and wrong arguments need not wait for it.
-    from hep2.hub import open_weights
-    from hep2.weights import best_device
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is given: give a whole number, 0 or more")
+    return int(text)
 
-    weights = open_weights(name).to(best_device())
+
+def _micrometres(text: str) -> float:
+    with suppress(ValueError):
+        return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is given: give micrometres a pixel as a number, such as 0.16")
+
+
+def _say(message: object) -> None:
+    print(f"hep2: {message}", file=sys.stderr)
+
+
+def _source(name: str) -> "ImageSource":
+    """Return a path, or the bytes that come through standard input or a pipe."""
+    with suppress(OSError):
+        if name == "-" or Path(name).is_fifo():
+            return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    return Path(name)
+
+
+def _plane(arguments: argparse.Namespace) -> dict[str, str | int | None]:
+    channel = arguments.channel
+    return {"channel": int(channel) if channel and channel.isdecimal() else channel, "plane": arguments.plane}
+
+
+def _find_weights(name: str | None) -> "Weights":
+    from hep2.hub import find_weights  # PyTorch takes seconds to import: help and wrong arguments need not wait for it
+
+    weights = find_weights(name)
     for note in weights.notes:
-        print(f"hep2: {note}", file=sys.stderr)
+        _say(note)
     return weights
 
 
 def _classify(arguments: argparse.Namespace) -> int:
-    from hep2.reader import Failure, Reader, csv_header, csv_row
+    from hep2.files import find_images
+    from hep2.tables import BYTE_ORDER_MARK, COLUMNS, Table, check_table, classify_on_ray, open_table, table_row
 
-    if bool(arguments.images) == bool(arguments.dataset):
+    images, output = arguments.images, arguments.output
+    dataset = images.pop() if len(images) == 1 and is_synthetic(images[0]) else arguments.dataset
+    if bool(images) == bool(dataset):
         raise ValueError("give images or folders of images, or --dataset NAME, and not both")
-    if arguments.output and (arguments.json or arguments.csv):
+    if output and (arguments.json or arguments.csv):
         raise ValueError("--output writes a table of its own: leave out --json and --csv")
-    if arguments.output:
-        return _classify_into(arguments)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("several processes read into one table: give --output, or start one process")
-    reader = Reader(_open_weights(arguments.weights))
-    table = csv.writer(sys.stdout, lineterminator="\n")
-    if arguments.csv:
-        table.writerow(csv_header(reader.weights))
-    failed = False
-    for reading in reader.read(_sources(arguments)):
-        if isinstance(reading, Failure):
-            failed = True
-            print(f"hep2: {reading.file}: {reading.error}", file=sys.stderr)
-        if arguments.json:
-            print(json.dumps(reading.as_dict(), ensure_ascii=False), flush=True)
+    if arguments.ray is not None and (not output or "-" in images):
+        raise ValueError("--ray takes files, folders or a dataset, and needs --output TABLE")
+    if output:
+        check_table(output)
+    found = find_images(images)
+    sources, total = ((name, _source(name)) for name in found.names), len(found.names)
+    if dataset:
+        from hep2.data import count_cells, dataset_files
+
+        sources, total = ((file.name, file.image) for file in dataset_files(dataset)), count_cells(dataset)
+    from hep2.predictor import Failure, Predictor
+
+    weights, counts = _find_weights(arguments.weights), Counter()
+    with ExitStack() as stack:
+        table = Table(set(), sys.stdout, is_csv=True)
+        if output:
+            table = stack.enter_context(open_table(output, weights.revision))
         elif arguments.csv:
-            table.writerow(csv_row(reading, reader.weights))
-        elif not isinstance(reading, Failure):
-            verdict = "no verdict"
-            if not reading.refused:
-                verdict = f"{reading.verdict} {reading.probability:.1%}, {reading.agreement} of 4 models agree"
-            print(f"{reading.file}: {verdict}")
-            for name, values in () if reading.refused else reading.probabilities.items():  # which would mean nothing
-                bars = "  ".join(f"{label} {p:.1%}" for label, p in zip(CLASS_NAMES, values, strict=True))
-                print(f"  {MODEL_TITLES[name]:15} {bars}")
-            for warning in reading.warnings:
-                print(f"  note: {warning}")
-    return int(failed)
+            print(end=BYTE_ORDER_MARK)
+            table.add(COLUMNS)
+        missing = (pair for pair in sources if not table.has(pair[0]))
+        if arguments.ray is None:
+            answers = Predictor(weights).classify(missing, **_plane(arguments))
+        else:
+            answers = classify_on_ray(
+                missing, weights, name=arguments.weights, address=arguments.ray or None, **_plane(arguments)
+            )
+        failures = [Failure(*failure) for failure in found.errors.items()]
+        bar = tqdm(unit=" cells", total=total, initial=len(table.done), disable=not output)
+        for answer in chain(failures, answers):
+            failed = isinstance(answer, Failure)
+            counts[failed] += 1
+            if output or arguments.csv:
+                table.add(table_row(answer, weights.revision))
+            elif arguments.json:
+                print(json.dumps(answer.as_dict(), ensure_ascii=False), flush=True)
+            elif not failed:
+                _print_prediction(answer)
+            if failed and not output:
+                _say(f"{answer.file}: {answer.error}")
+            bar.update()
+        bar.close()
+    where = f", in {output}, whose column error says why" if output else ""
+    _say(found.summary(len(table.done) + counts[False], counts[True], "answered each") + where)
+    return int(counts[True] > 0)
 
 
-def _sources(arguments: argparse.Namespace) -> Iterator[tuple[str, Path | bytes]]:
-    """Yield what is to be classified, one after the other: of 100,000 cells few are in memory at a time."""
-    from hep2.bulk import find_images
-
-    if not arguments.dataset:
-        yield from ((path, Path(path)) for path in find_images(arguments.images))
-        return
-    from hep2.data import dataset_files
-
-    yield from ((file.name, file.image) for file in dataset_files(arguments.dataset))
-
-
-def _classify_into(arguments: argparse.Namespace) -> int:
-    from accelerate import PartialState
-    from accelerate.utils import gather_object, parse_flag_from_env
-
-    from hep2.bulk import find_images, forget_failures, gather_parts, read_into
-    from hep2.data import count_cells
-    from hep2.reader import Reader
-
-    # One process, or those of `accelerate launch`, each of which is given its card before the models go there.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    reader = Reader(_open_weights(arguments.weights))
-    if arguments.output.is_dir():
-        raise ValueError(f"--output {arguments.output} is a folder: give the name of a CSV file")
-    if state.is_main_process:
-        gather_parts(arguments.output, reader.weights)  # of a run that was killed
-        forget_failures(arguments.output, reader.weights)
-    state.wait_for_everyone()
-    total = count_cells(arguments.dataset) if arguments.dataset else sum(1 for _ in find_images(arguments.images))
-    failed = read_into(
-        reader,
-        _sources(arguments),
-        arguments.output,
-        total=total,
-        process=state.process_index,
-        processes=state.num_processes,
-    )
-    failed = sum(gather_object([failed]))  # which waits for all
-    if state.is_main_process:
-        gather_parts(arguments.output, reader.weights)
-        noun = "process" if state.num_processes == 1 else "processes"
-        print(f"{total:,} images are in {arguments.output}, read by {state.num_processes} {noun}", file=sys.stderr)
-        if failed:
-            print(f"hep2: {failed:,} of them could not be read: see the column error", file=sys.stderr)
-    # A process that ended with an error would take those along that are not done.
-    state.wait_for_everyone()
-    status = int(failed > 0 and state.is_main_process)
-    state.destroy_process_group()
-    return status
+def _print_prediction(prediction: "Prediction") -> None:
+    verdict = "no verdict"
+    if prediction.verdict:
+        verdict = f"{prediction.verdict} {prediction.probability:.1%}, {prediction.agreement} of 4 models agree"
+    print(f"{prediction.file}: {verdict}")
+    for name, values in prediction.probabilities.items() if prediction.verdict else ():  # else they mean nothing
+        bars = "  ".join(f"{label} {p:.1%}" for label, p in zip(CLASS_NAMES, values, strict=True))
+        print(f"  {MODEL_TITLES[name]:15} {bars}")
+    for warning in prediction.warnings:
+        print(f"  note: {warning}")
 
 
 def _specimen(arguments: argparse.Namespace) -> int:
-    from hep2.bulk import find_images
-    from hep2.fields import check_pixel_size, draw_overlays, read_specimen, specimen_rows
-    from hep2.imaging import read_intensity
-    from hep2.reader import Reader
+    from hep2.fields import check_pixel_size, draw_overlay, specimen_rows
+    from hep2.files import check_writable, find_images, own_picture
+    from hep2.images import decode
+    from hep2.predictor import Predictor
+    from hep2.tables import BYTE_ORDER_MARK, harmless
 
     check_pixel_size(arguments.pixel_size)
-    paths, overlays = list(find_images(arguments.fields)), []
-    if overlay := arguments.overlay:
-        overlays = [overlay]
-        if len(paths) > 1:
-            overlays = [overlay.with_stem(f"{overlay.stem}-{number + 1}") for number in range(len(paths))]
-        given = {Path(path).resolve() for path in paths}
-        for drawn in overlays:
-            if drawn.is_dir():
-                raise ValueError(f"--overlay {drawn} is a folder: give the name of a PNG file")
-            if drawn.resolve() in given:
-                raise ValueError(f"--overlay would write over the field {drawn}: give another name")
-    fields = []
-    for path in paths:
+    found, fields = find_images(arguments.images), []
+    failures = dict(found.errors)
+    for name in (name for name in found.names if name not in found.copies):
         try:
-            fields.append((path, *read_intensity(Path(path))))
+            fields.append((name, decode(_source(name), **_plane(arguments))))
         except (ValueError, OSError) as error:
-            raise ValueError(f"{path}: {error}") from error
-    reader = Reader(_open_weights(arguments.weights))
-    specimen = read_specimen(
-        reader,
+            failures[name] = str(error)
+    for name, error in failures.items():
+        _say(f"{name}: {error}")
+    _say(found.summary(len(fields), len(failures), "left out"))
+    if not fields:
+        return 1
+    overlays = _overlays(arguments.overlay, [name for name, _ in fields])
+    for path in overlays:
+        check_writable(path)
+    specimen = Predictor(_find_weights(arguments.weights)).specimen(
         fields,
         pixel_size=arguments.pixel_size,
         progress=lambda items, total, step: tqdm(items, step, total, disable=not sys.stderr.isatty()),
     )
-    if overlays:
-        pictures = draw_overlays(specimen, (intensity for _, intensity, _ in fields))
-        for path, picture in zip(overlays, pictures, strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path, "PNG")
+    if failures:
+        specimen.warnings.append(f"{len(failures)} of the fields could not be read: the verdict rests on the others")
     if arguments.json:
-        print(json.dumps(specimen.as_dict(), ensure_ascii=False))
+        unread = [{"file": name, "error": error} for name, error in failures.items()]
+        print(json.dumps(specimen.as_dict() | {"failures": unread}, ensure_ascii=False))
     elif arguments.csv:
-        csv.writer(sys.stdout, lineterminator="\n").writerows(specimen_rows(specimen))
-        # The table has the cells: what they say together goes beside it.
-        for remark in (specimen.verdict, *specimen.warnings):
-            print(f"hep2: {remark}", file=sys.stderr)
+        print(end=BYTE_ORDER_MARK)
+        csv.writer(sys.stdout, lineterminator="\n").writerows(map(harmless, specimen_rows(specimen)))
+        for remark in (specimen.verdict, *specimen.warnings):  # what the cells say together goes beside their table
+            _say(remark)
     else:
-        print(specimen.verdict + (f" {specimen.probability:.1%}" if specimen.probability is not None else ""))
-        if specimen.interval:
-            print("  the mean over its cells; {:.1%} to {:.1%} in 95 of 100 draws of them".format(*specimen.interval))
-        answer = specimen.as_dict()
-        counts = [f"{name} {count}" for name, count in specimen.counts.items() if count]
-        counts += [f"{answer[what]} {what}" for what in ("refused", "mitotic") if answer[what]]
-        print(f"  {answer['cells']} cells" + (f": {', '.join(counts)}" if counts else ""))
-        for warning in specimen.warnings:
-            print(f"  note: {warning}")
-    return 0
+        _print_specimen(specimen)
+    for number, path in enumerate(overlays):
+        picture = draw_overlay(specimen, fields[number][1].intensity, number)
+        picture.save(path, "PNG", pnginfo=own_picture())
+    return int(bool(failures))
+
+
+def _overlays(overlay: Path | None, fields: list[str]) -> list[Path]:
+    """Name the picture of each field: `overlay` itself, or, of several, numbered."""
+    if overlay is None:
+        return []
+    if overlay.suffix.lower() != ".png":
+        raise ValueError(f"--overlay {overlay}: give a name that ends in .png")
+    numbered = [overlay.with_stem(f"{overlay.stem}-{number + 1}") for number in range(len(fields))]
+    overlays = [overlay] if len(fields) == 1 else numbered
+    if both := {path.resolve() for path in overlays} & {Path(field).resolve() for field in fields}:
+        raise ValueError(f"--overlay would write over the field {both.pop()}: give another name")
+    return overlays
+
+
+def _print_specimen(specimen: "SpecimenPrediction") -> None:
+    print(specimen.verdict + (f" {specimen.probability:.1%}" if specimen.probability is not None else ""))
+    if specimen.interval:
+        print("  the mean over its cells; 95 % bootstrap interval {:.1%} to {:.1%}".format(*specimen.interval))
+    answer = specimen.as_dict()
+    counts = [f"{name} {count}" for name, count in specimen.counts.items() if count]
+    counts += [f"{answer[what]} {what}" for what in ("rejected", "mitotic") if answer[what]]
+    print(f"  {answer['cells']} cells" + (f": {', '.join(counts)}" if counts else ""))
+    for warning in specimen.warnings:
+        print(f"  note: {warning}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from hep2.files import check_writable
+
+    check_writable(arguments.output / "metrics.json")
     from hep2.data import load_cells
     from hep2.evaluation import class_report, comparison_table
-    from hep2.pipeline import evaluate_weights
+    from hep2.pipeline import evaluate
 
-    if arguments.protocol == "specimen" and arguments.fold is None:
-        if arguments.weights != _default_weights():
-            raise ValueError(
-                "the protocol 'specimen' trains models of its own on each fold: leave out --weights, or name the "
-                "--fold that they were trained on"
-            )
-        return _evaluate_specimens(arguments)
-    if arguments.recipe or arguments.epochs:
-        raise ValueError("--recipe and --epochs are for --protocol specimen, which trains: weights are measured as is")
-    weights = _open_weights(arguments.weights)
-    result = evaluate_weights(
-        weights,
-        load_cells(arguments.dataset),
-        arguments.output,
-        protocol=arguments.protocol,
-        seed=arguments.seed,
-        fold=arguments.fold,
-    )
+    weights, cells = _find_weights(arguments.weights), load_cells(arguments.dataset)
+    which = {"protocol": arguments.protocol, "seed": arguments.seed, "fold": arguments.fold}
+    result = evaluate(weights, cells, arguments.output, **which)
     if result["trained_on_fingerprint"] != result["dataset_fingerprint"]:
-        print(
-            "note: the weights were trained on another dataset (fingerprint "
-            f"{result['trained_on_fingerprint']}): whether they have seen some of these cells cannot be told\n"
-        )
+        print("note: the weights were trained on another dataset: whether they know these cells cannot be told\n")
     print(f"protocol {result['protocol']}, seed {result['seed']}, {result['test_size']:,} test cells\n")
-    print(comparison_table(result["models"], result["dataset"]))
-    print(f"\n{result['refused']:.1%} of the cells would get no verdict; the figures count them all the same.")
+    print(comparison_table(result["models"]))
     print(f"\nStack ensemble, class by class\n{class_report(result['models']['ensemble'])}")
     print(f"\nmetrics.json, predictions.csv and figures are in {arguments.output}")
     return 0
 
 
-def _evaluate_specimens(arguments: argparse.Namespace) -> int:
-    from accelerate import Accelerator
+def _synthesize(arguments: argparse.Namespace) -> int:
+    from PIL import Image
 
-    from hep2.data import load_cells
-    from hep2.specimens import evaluate_specimens, specimens_table
+    from hep2.files import check_writable
+    from hep2.synthetic import synthetic_fields, synthetic_files
 
-    accelerator = Accelerator(mixed_precision="bf16")
-    changes = {} if arguments.epochs is None else {"epochs": arguments.epochs}
-    cells, seed = load_cells(arguments.dataset), arguments.seed or 0
-    settings = {"recipe": arguments.recipe or "tuned", "seed": seed, "changes": changes}
-    result = evaluate_specimens(cells, arguments.output, **settings, accelerator=accelerator)
-    if accelerator.is_main_process:
-        print(f"{specimens_table(result)}\n\nmetrics.json and a folder for each fold are in {arguments.output}")
-    return 0
-
-
-def _stress(arguments: argparse.Namespace) -> int:
-    from hep2.data import load_cells
-    from hep2.pipeline import stress_weights
-    from hep2.stress import stress_tables
-
-    weights = _open_weights(arguments.weights)
-    result = stress_weights(weights, load_cells(arguments.dataset), arguments.dataset)
-    print(json.dumps(result) if arguments.json else stress_tables(result))
-    return 0
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    from hep2.bench import measure_speed, measure_training, speed_tables
-
-    result = measure_speed(_open_weights(arguments.weights))
-    if arguments.training:
-        result["training"] = measure_training()
-    print(json.dumps(result) if arguments.json else speed_tables(result))
-    return 0
-
-
-def _audit(arguments: argparse.Namespace) -> int:
-    from hep2.data import audit, load_cells
-
-    result = audit(load_cells(arguments.dataset))
-    if arguments.json:
-        print(json.dumps(result))
-        return 0
-    print(f"{result['dataset']}: {result['cells']:,} cells, fingerprint {result['fingerprint']}")
-    for field in ("classes", "parts"):
-        print(f"{field}: " + ", ".join(f"{name} {count:,}" for name, count in result[field].items()))
-    print(f"{result['duplicates']} cells repeat an earlier one pixel for pixel")
-    print(f"{result['duplicates_across_parts']} of these pairs lie across parts of the dataset's own split")
-    print(f"{result['duplicates_of_another_class']} of these pairs are labelled differently")
-    return 0
-
-
-def _phantoms(arguments: argparse.Namespace) -> int:
-    from hep2.phantoms import phantom_fields, phantom_files
-
+    count, output = arguments.count, arguments.output
+    if count < 1:
+        raise ValueError(f"--count is {count}: give 1 or more")
     if arguments.fields:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        for pattern, image in phantom_fields(arguments.seed):
-            Image.fromarray(image).save(arguments.output / f"{pattern}.png")
-        print(f"a synthetic field of each of the {len(CLASS_NAMES)} patterns is in {arguments.output}")
-        return 0
-    if arguments.count < 1:
-        raise ValueError(f"--count is {arguments.count}: give 1 or more")
-    for number, (_, image, pattern) in enumerate(phantom_files(arguments.count, arguments.seed)):
-        path = arguments.output / pattern / f"{number % arguments.count + 1}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
-    print(f"{arguments.count} synthetic cells of each of the {len(CLASS_NAMES)} patterns are in {arguments.output}")
+        pictures = ((f"{pattern}.png", image) for pattern, image in synthetic_fields(arguments.seed))
+    else:
+        cells = enumerate(synthetic_files(count, arguments.seed))
+        pictures = ((f"{pattern}/{n % count + 1}.png", image) for n, (_, image, pattern) in cells)
+    for name, image in pictures:
+        check_writable(output / name)
+        Image.fromarray(image).save(output / name)
+    what = "a synthetic field" if arguments.fields else f"{count} synthetic cells"
+    print(f"{what} of each of the {len(CLASS_NAMES)} patterns: {output}")
     return 0
 
 

@@ -1,0 +1,146 @@
+"""Files that a command names: the images in its folders, but none that people don't mean; places that it will write."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from PIL.PngImagePlugin import PngInfo
+
+from hep2.images import SUFFIXES
+
+OWN_PICTURE = "hep2 overlay"  # the text "Software" in each PNG that this package draws of a field
+HEAD = 1024  # bytes of a PNG in which that text lies: Pillow writes it before the pixels
+READERS = 16  # threads: on network storage a file takes milliseconds of waiting
+
+
+@dataclass
+class Found:
+    """What a search has found.
+
+    `names` are the images, in order; `copies` says of some which earlier one has the same content; `errors` are the
+    folders that cannot be read, and why; `left_out` counts what else was there, by reason.
+    """
+
+    names: list[str] = field(default_factory=list)
+    copies: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def summary(self, read: int, failed: int, fate: str) -> str:
+        """Say how many images were read, how many were not, and why; `fate` tells what became of the copies."""
+        parts = [f"{read:,} read"] + [f"{failed:,} could not be read"] * (failed > 0)
+        parts += [f"{count:,} left out ({reason})" for reason, count in self.left_out.items() if count]
+        if self.copies:
+            copy, original = next(iter(self.copies.items()))
+            parts.append(f"{len(self.copies):,} {fate} (the same content: {copy} is {original})")
+        return ", ".join(parts)
+
+
+def find_images(paths: Iterable[str]) -> Found:
+    """Find the images that paths name: files, folders however deep, and patterns that no shell has replaced.
+
+    Left out are hidden files and folders, files of other kinds, pictures that this package has drawn, and what is named
+    twice. Linked folders are followed, and each folder is searched once. ``-`` stands for itself.
+    """
+    found, searched = Found(), set()
+    listed = [name for path in paths for name in _list(path, found, searched)]
+    names = list(dict.fromkeys(listed))
+    found.left_out["named twice"] = len(listed) - len(names)
+    first = {}
+    with ThreadPoolExecutor(READERS) as threads:
+        for name, content in zip(names, threads.map(_content, names), strict=True):
+            if content == OWN_PICTURE:
+                found.left_out["drawn by hep2"] += 1
+                continue
+            found.names.append(name)
+            if content and first.setdefault(content, name) != name:
+                found.copies[name] = first[content]
+    return found
+
+
+def _list(path: str, found: Found, searched: set[tuple[int, int]]) -> list[str]:
+    if not os.path.isdir(path):  # noqa: PTH112 (Path.is_dir fails for a name that is too long)
+        return [path] if os.path.lexists(path) else sorted(glob(path)) or [path]  # noqa: PTH207 (it takes whole paths)
+    names, again, failed = [], found.left_out["folders met again"], len(found.errors)
+
+    def note(error: OSError) -> None:
+        found.errors[error.filename] = f"this folder cannot be read: {error.strerror}"
+
+    for folder, folders, files in os.walk(path, followlinks=True, onerror=note):
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in searched:
+            found.left_out["folders met again"] += 1
+            folders.clear()
+            continue
+        searched.add((status.st_dev, status.st_ino))
+        found.left_out["hidden"] += sum(name.startswith(".") for name in (*folders, *files))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # which os.walk follows
+        for place in (Path(folder, file) for file in sorted(files) if not file.startswith(".")):
+            if place.exists() and not (place.is_file() and place.suffix.lower() in SUFFIXES):
+                found.left_out[place.suffix.lower() or "without suffix"] += 1
+            else:  # or a link that leads nowhere, which may have led to a folder of images
+                names.append(str(place))
+    if not names and (again, failed) == (found.left_out["folders met again"], len(found.errors)):
+        found.errors[path] = f"there is no image in this folder: none ends in {', '.join(SUFFIXES)}"
+    return names
+
+
+def _content(name: str) -> str | None:
+    """Return `OWN_PICTURE`, or a digest of what a file holds, or None for one that holds nothing yet."""
+    if not os.path.isfile(name):  # noqa: PTH113 (as above)
+        return None
+    with suppress(OSError), open(name, "rb") as file:
+        if f"Software\0{OWN_PICTURE}".encode() in file.read(HEAD):
+            return OWN_PICTURE
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    return None  # its decoding says what is wrong
+
+
+def own_picture() -> PngInfo:
+    """Return the text that marks a PNG as drawn by this package."""
+    info = PngInfo()
+    info.add_text("Software", OWN_PICTURE)
+    return info
+
+
+def check_writable(path: Path) -> None:
+    """Make a file's folder, and find out before the work whether the file can be written after it.
+
+    Raises
+    ------
+    OSError
+        If it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        with open(path, "ab"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}): give another place") from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes that lock the same path away from it; ValueError if one of them has it."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another process is writing {path}: wait for it, or give another place") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # on Windows, where a file that is open stays
+            Path(lock.lock_file).unlink()
+        lock.release()
