@@ -133,7 +133,9 @@ def load_classifier(folder: Path | str = BUNDLED, *, source: str | None = None, 
         raise ValueError(f"{path} does not fit {folder / 'config.json'}: {' '.join(str(error).split())}") from error
     for name, temperature in zip(MODELS, classifier.temperatures.tolist(), strict=True):
         if temperature != (written := config["models"][name]["temperature"]):
-            raise ValueError(f"{path} says that the temperature of {name} is {temperature}, the config {written}")
+            raise ValueError(
+                f"{folder / 'config.json'}: temperature of {name} is {written}, {temperature} in {path.name}"
+            )
     digest = hashlib.sha256(data).hexdigest()[:12]
     metrics, notes = {}, ("metrics.json is not there: how good these weights are is not known",)
     if (folder / "metrics.json").exists():

@@ -132,7 +132,7 @@ def test_load_classifier_names_what_does_not_fit_in_a_config(folder, changes, me
         ({"temperature": 0}, "the temperature of cnn is 0, expected a positive number"),
         ({"temperature": None}, "the temperature of cnn is None, expected a positive number"),
         ({"temperature": math.inf}, "the temperature of cnn is inf, expected a positive number"),
-        ({"temperature": 3.0}, r"the temperature of cnn is 1.5, the config 3.0"),
+        ({"temperature": 3.0}, r"temperature of cnn is 3.0, 1.5 in model.safetensors"),
         ({"architecture": {"widths": [400_000] * 4}}, "memory"),
         ({"architecture": {"widths": [1, 2]}}, "four positive whole numbers"),
         ({"architecture": {"depth": 2}}, "unknown fields"),
@@ -169,7 +169,7 @@ def test_load_classifier_names_truncated_tensors(folder, kept):
         (lambda tensors: tensors.pop("vit.head.bias"), r"does not fit .*Missing key.*vit.head.bias"),
         (lambda tensors: tensors.update(other=torch.zeros(1)), r"does not fit .*Unexpected key.*other"),
         (lambda tensors: tensors.update({"vit.head.bias": torch.zeros(7)}), r"does not fit .*vit.head.bias"),
-        (lambda tensors: tensors["temperatures"].fill_(0), r"the temperature of cnn is 0.0, the config 1.5"),
+        (lambda tensors: tensors["temperatures"].fill_(0), r"temperature of cnn is 1.5, 0.0 in model.safetensors"),
     ],
     ids=["nan", "infinite", "missing", "superfluous", "shape", "temperature"],
 )

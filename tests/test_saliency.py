@@ -1,82 +1,90 @@
-import threading
-
+import numpy as np
 import pytest
 import torch
+from conftest import small_classifier
 from torch import nn
 
-from hep2.explain import look
-from hep2.inference import ready_to_read
-from hep2.models import build_model
+from hep2.models import BASE_MODELS, CNN, ViT, build_model
+from hep2.saliency import saliency_map
+from hep2.synthetic import synthetic_cell
 
 
-@pytest.mark.parametrize("name", ["cnn", "rescnn", "vit"])
-@pytest.mark.parametrize("prepare", [nn.Module.eval, ready_to_read])
-def test_look_gives_the_forward_pass_and_a_map_of_the_cell(name, prepare, phantoms):
-    torch.manual_seed(0)
-    model = prepare(build_model(name))
+def brightness_cnn(name: str) -> CNN:
+    """Build a convolutional model that passes brightness on, of which its class Centromere is sure."""
+    model = build_model(name, {"widths": [1, 1, 1, 1]}).eval()
     with torch.no_grad():
-        model.head.bias.copy_(torch.arange(6.0))  # all speak for one class,
-        model.head.weight[5] = model.head.weight[5].abs()  # for which each feature speaks
-    features, maps = look(model, phantoms.images[:3])
-    with torch.inference_mode():
-        torch.testing.assert_close(model.head(features), model(phantoms.images[:3]))
+        for part in model.modules():
+            if isinstance(part, nn.Conv2d):
+                part.weight.zero_()
+                part.weight[..., 1, 1] = 1
+        model.head.weight.zero_()
+        model.head.bias.zero_()
+        model.head.weight[0] = 5
+    return model
+
+
+def brightness_vit(name: str) -> ViT:
+    """Build a transformer whose first feature is a patch's brightness, of which its class Centromere is sure."""
+    torch.manual_seed(0)
+    model = build_model(name, {"stem_widths": [], "width": 16, "heads": 1, "depth": 2}).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            for layer in (block.attn.proj, block.mlp.fc2):  # a block without these changes nothing
+                layer.weight.zero_()
+                layer.bias.zero_()
+        model.patches.proj.weight.zero_()
+        model.patches.proj.bias.zero_()
+        model.patches.proj.weight[0] = 3 / 36
+        model.positions.normal_()
+        model.positions[..., 0] = 0
+        model.head.weight.zero_()
+        model.head.bias.zero_()
+        model.head.weight[0, 0] = 5
+    return model
+
+
+BUILD = {"cnn": brightness_cnn, "rescnn": brightness_cnn, "vit": brightness_vit}
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (0, 39), (39, 0), (39, 39)])
+@pytest.mark.parametrize("name", BASE_MODELS)
+def test_saliency_map_shows_where_a_pattern_lies(name, corner):
+    row, column = corner
+    cell = synthetic_cell("Homogeneous", np.random.default_rng(0)) / 255
+    image = torch.zeros(1, 1, 78, 78)
+    image[0, 0, row : row + 39, column : column + 39] = torch.from_numpy(cell[::2, ::2])
+    values = saliency_map(BUILD[name](name), image)[0]
+    there = torch.zeros(78, 78, dtype=torch.bool)
+    there[row : row + 39, column : column + 39] = True
+    assert values[there].mean() > 5 * values[~there].mean()
+    assert there.flatten()[values.argmax()]
+
+
+@pytest.mark.parametrize("name", BASE_MODELS)
+def test_saliency_maps_lie_in_range_and_change_no_model(name):
+    model = BUILD[name](name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    images = torch.rand(3, 1, 78, 78, generator=torch.Generator().manual_seed(0))
+    maps = saliency_map(model, images)
     assert maps.shape == (3, 78, 78)
+    assert maps.dtype == torch.float32
     assert maps.min() >= 0
     assert maps.amax((1, 2)).allclose(torch.ones(3))
     assert (maps.flatten(1).std(1) > 0.01).all()
-    assert not model.training
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_class_activation_points_at_what_speaks_for_the_class():
-    # A model that sees brightness alone must point at the bright quarter.
-    model = build_model("cnn", {"widths": [1, 1, 1, 1]}).eval()
+@pytest.mark.parametrize("name", BASE_MODELS)
+def test_a_saliency_map_is_of_its_own_image(name):
+    model, images = getattr(small_classifier(), name), torch.rand(3, 1, 78, 78)
+    alone = torch.cat([saliency_map(model, image[None]) for image in images])
+    torch.testing.assert_close(saliency_map(model, images), alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BASE_MODELS)
+def test_where_nothing_speaks_for_the_class_the_map_is_empty(name):
+    model = getattr(small_classifier(), name)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("0.weight"):
-                parameter.zero_()
-                parameter[..., 1, 1] = 1
-        model.head.weight.copy_(torch.tensor([[5.0], [0], [0], [0], [0], [0]]))
-        model.head.bias.zero_()
-    image = torch.zeros(1, 1, 78, 78)
-    image[..., :30, 45:] = 1
-    _, maps = look(model, image)
-    assert maps[0, :30, 48:].mean() > 5 * maps[0, 45:, :30].mean()
-
-
-def test_attention_points_at_the_patch_that_the_class_token_attends_to():
-    torch.manual_seed(0)
-    model = build_model("vit", {"stem_widths": [], "pooling": "class token", "depth": 1, "heads": 1}).eval()
-    block = model.blocks[0]
-    with torch.no_grad():
-        # Queries are constant; keys follow one direction of the token, in which only one patch stands out.
-        block.attn.qkv.weight.zero_()
-        block.attn.qkv.bias.zero_()
-        block.attn.qkv.bias[0] = 50
-        block.attn.qkv.weight[128, 0] = 1
-        model.positions.normal_()
-        model.positions[..., 0] = 0
-        model.positions[0, 1 + 5 * 13 + 7, 0] = 30
-    _, maps = look(model, torch.zeros(1, 1, 78, 78))
-    row, column = divmod(int(maps[0].argmax()), 78)
-    assert (row // 6, column // 6) == (5, 7)
-
-
-def test_look_keeps_to_its_own_cell_while_another_thread_reads_another(phantoms):
-    torch.manual_seed(0)
-    model = build_model("vit").eval()
-    one, other = phantoms.images[:1], phantoms.images[30:31]
-    alone = look(model, one)
-    passes = []
-
-    def read_other(module: torch.nn.Module, inputs: tuple) -> None:
-        if not passes:  # in the midst of the first pass, once
-            passes.append(threading.Thread(target=lambda: model(other)))
-            passes[0].start()
-            passes[0].join()
-
-    handle = model.blocks[2].register_forward_pre_hook(read_other)
-    together = look(model, one)
-    handle.remove()
-    assert passes
-    for values, expected in zip(together, alone, strict=True):
-        torch.testing.assert_close(values, expected, rtol=0, atol=0)
+        model.head.weight.zero_()
+    assert saliency_map(model, torch.rand(1, 1, 78, 78)).abs().max() == 0
