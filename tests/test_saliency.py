@@ -70,7 +70,6 @@ def test_saliency_maps_lie_in_range_and_change_no_model(name):
     assert maps.dtype == torch.float32
     assert maps.min() >= 0
     assert maps.amax((1, 2)).allclose(torch.ones(3))
-    assert (maps.flatten(1).std(1) > 0.01).all()
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
