@@ -185,7 +185,7 @@ def _classify(arguments: argparse.Namespace) -> int:
                 missing, weights, name=arguments.weights, address=arguments.ray or None, **_plane(arguments)
             )
         failures = [Failure(*failure) for failure in found.errors.items()]
-        bar = tqdm(unit=" cells", total=total, initial=len(table.done), disable=not output)
+        bar = stack.enter_context(tqdm(unit=" cells", total=total, initial=len(table.done), disable=not output))
         for answer in chain(failures, answers):
             failed = isinstance(answer, Failure)
             counts[failed] += 1
@@ -198,9 +198,8 @@ def _classify(arguments: argparse.Namespace) -> int:
             if failed and not output:
                 _say(f"{answer.file}: {answer.error}")
             bar.update()
-        bar.close()
     where = f", in {output}, whose column error says why" if output else ""
-    _say(found.summary(len(table.done) + counts[False], counts[True], "answered each") + where)
+    _say(found.summary(len(table.done) + counts[False], counts[True], "answered all the same") + where)
     return int(counts[True] > 0)
 
 

@@ -39,7 +39,7 @@ class Found:
         parts += [f"{count:,} left out ({reason})" for reason, count in self.left_out.items() if count]
         if self.copies:
             copy, original = next(iter(self.copies.items()))
-            parts.append(f"{len(self.copies):,} {fate} (the same content: {copy} is {original})")
+            parts.append(f"{len(self.copies):,} with the content of another {fate} ({copy} has that of {original})")
         return ", ".join(parts)
 
 

@@ -129,7 +129,7 @@ def test_check_writable_leaves_everything_as_it_was(tmp_path):
     check_writable(tmp_path / "kept.csv")
     assert (tmp_path / "kept.csv").read_text() == "kept"
     for place in (tmp_path, tmp_path / "kept.csv" / "table.csv"):
-        with pytest.raises(OSError, match="cannot be written .*: give another place"):
+        with pytest.raises(OSError, match=r"cannot be written .*: give another place"):
             check_writable(place)
 
 
