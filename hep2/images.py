@@ -1,46 +1,45 @@
-"""Any image file or array to one cell of shape (1, 78, 78), and what is wrong with an image.
+"""Any image file or array to one cell of shape (1, 78, 78), and what was odd about it.
 
-Training, evaluation, page, API and command line all come through `load_cell`: one decoder, one preprocessing.
+Training, evaluation, page, API and command line all come through `decode` and `make_cell`: one decoder, one
+preprocessing. `hep2.formats` reads the file; here the stain's channel and a plane are chosen and prepared.
 """
 
-import io
 import math
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
-import imagecodecs
 import numpy as np
-import tifffile
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from scipy.ndimage import maximum_filter, uniform_filter
 
+from hep2.formats import (
+    COLOURS,
+    EXPECTED,
+    MAX_CHANNELS,
+    MAX_PIXELS,
+    NO_STAIN,
+    STAIN,
+    SUFFIXES,
+    ImageError,
+    ImageSource,
+    Layers,
+    check_plane,
+    check_size,
+    read_file,
+    read_layers,
+)
 from hep2.patterns import IMAGE_SIZE
 
-ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
+__all__ = ["SUFFIXES", "Cell", "Decoded", "ImageError", "ImageSource", "decode", "load_cell", "make_cell", "prepare"]
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-MAX_PIXELS = 50_000_000
 LARGEST_CELL = 600  # pixels: an image that is larger on both sides may be a field of many cells
 MOST_CLIPPED = 0.05  # share of the pixels at the brightest value; published cells have up to 0.04
 # Decimal logarithm of how much of an image is fine detail. Less than one in two hundred published cells has less than
 # this; blurred by a pixel, 98 of 100 have. tests/test_real_cells.py holds both.
 LEAST_DETAIL = -2.8
-CHANNEL_NAMES = ("red", "green", "blue")
-
-TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-ENOUGH_PIXELS = 1_000_000  # to tell by which channel holds the fluorescence: of a larger image, one in so many is asked
-# What the orientation of a TIFF or EXIF asks for, of (rows, columns, …).
-ORIENTATIONS = {
-    2: lambda image: image[:, ::-1],
-    3: lambda image: image[::-1, ::-1],
-    4: lambda image: image[::-1],
-    5: lambda image: image.swapaxes(0, 1),
-    6: lambda image: image.swapaxes(0, 1)[:, ::-1],
-    7: lambda image: image.swapaxes(0, 1)[::-1, ::-1],
-    8: lambda image: image.swapaxes(0, 1)[::-1],
-}
+# Share of the strongest colour's light that is signal in another: JPEG, always of 8 bits, leaks up to so much.
+LEAST_SIGNAL, LEAST_SIGNAL_DEEP = 0.12, 0.01
+ENOUGH_PIXELS = 250_000  # to tell which channel holds the stain: of a larger image, one pixel in so many is asked
 
 # Travels with the weights: weights made under other settings refuse to load.
 PREPROCESSING = {
@@ -51,129 +50,66 @@ PREPROCESSING = {
 }
 
 
-class ImageError(ValueError):
-    """An image that cannot be read; the message says why and what to do, in words for its sender."""
+@dataclass(frozen=True)
+class Decoded:
+    """One plane and channel of an image, as it came."""
+
+    intensity: np.ndarray  # (rows, columns), float32 in the file's own units
+    warnings: tuple[str, ...]  # what was odd, and what was left out
+    pixel_size: float | None = None  # micrometres, where the file says so
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What the models are given.
+    """What the models are given."""
 
-    `pixels` is a float32 array of shape (1, 78, 78) in [0, 1]; `warnings` says in words what was odd about the image.
-    """
-
-    pixels: np.ndarray
+    pixels: np.ndarray  # (1, 78, 78), float32 in [0, 1]
     warnings: tuple[str, ...]
 
 
-class _Decoded(NamedTuple):
-    """Pixels (rows, columns) or (rows, columns, channels), and whether the last channel is alpha."""
-
-    pixels: np.ndarray
-    has_alpha: bool
+def load_cell(source: ImageSource, *, channel: str | int | None = None, plane: int | None = None) -> Cell:
+    """Decode an image and prepare it for the models; takes and raises what `decode` and `make_cell` do."""
+    return make_cell(decode(source, channel=channel, plane=plane))
 
 
-def load_cell(source: ImageSource) -> Cell:
-    """Read an image and prepare it for the models.
+def decode(source: ImageSource, *, channel: str | int | None = None, plane: int | None = None) -> Decoded:
+    """Read the stain's channel of one plane of an image.
 
     Parameters
     ----------
     source
         A path, the bytes of a file, an open binary file, a Pillow image, or an array of shape (rows, columns) or
-        (rows, columns, channels), of integers, booleans or floats of any range, of which float32 keeps 24 bits. Of two
-        or four channels of an array the last is alpha.
+        (rows, columns, channels), of integers, booleans or floats, of which float32 keeps 24 bits. Of two or four
+        channels of an array the last is alpha.
+    channel
+        A name that the file gives, a colour (red, green, blue), or a number from 1. By default the stain's: by name
+        (FITC, GFP, Alexa 488, …); of colours green before red before blue, where it holds signal; of channels without
+        names the second, since by custom DAPI comes first.
+    plane
+        A number from 1: of a stack, of pages without names, or of frames. By default the sharpest of a stack.
 
     Raises
     ------
-    FileNotFoundError
-        If a path names no file.
+    FileNotFoundError, PermissionError
+        If a path names no file, or one that may not be read.
     ImageError
-        If it is no readable image, is truncated, empty, constant, holds NaN or infinity, or has more than 50 million
-        pixels. It is a ValueError, and its message says which, and what to do.
+        If it is no image that can be read, or has no such plane or channel. It is a ValueError, and its message says
+        what came, what was expected, and what to do.
     """
-    return make_cell(*read_intensity(source))
-
-
-def make_cell(intensity: np.ndarray, notes: list[str]) -> Cell:
-    """Prepare what `read_intensity` gave, for a caller that needs the image as it came as well.
-
-    Raises
-    ------
-    ImageError
-        If the image is constant.
-    """
-    pixels = prepare(intensity)
-    return Cell(pixels, tuple(notes + _doubts(intensity, pixels)))
-
-
-def read_intensity(source: ImageSource) -> tuple[np.ndarray, list[str]]:
-    """Decode an image into one channel of shape (rows, columns), float32 in its own units, and notes in words.
-
-    Raises what `load_cell` raises, except for a constant image.
-    """
-    notes: list[str] = []
-    if isinstance(source, np.ndarray):
-        decoded = _Decoded(source, has_alpha=source.ndim == 3 and source.shape[2] in (2, 4))
-    elif isinstance(source, Image.Image):
-        decoded = _array(source, notes)
-    else:
-        decoded = _decode(source, notes)
-    return _one_channel(decoded, notes), notes
-
-
-def prepare(intensity: np.ndarray) -> np.ndarray:
-    """Fit an image (rows, columns) into (1, 78, 78) and stretch it: its 1st percentile becomes 0, its 99th 1.
-
-    The aspect ratio is kept; a margin is filled with 0. The stretch is the source's (its report, "Preprocessing");
-    clipping what lies outside is ours, since the report does not say. Returns float32 in [0, 1].
-
-    Raises
-    ------
-    ImageError
-        If the two percentiles are equal: the image is constant, or nearly so.
-    """
-    rows, columns = intensity.shape
-    if (rows, columns) != (IMAGE_SIZE, IMAGE_SIZE):
-        scale = IMAGE_SIZE / max(rows, columns)
-        rows, columns = max(1, round(rows * scale)), max(1, round(columns * scale))
-        resized = Image.fromarray(intensity).resize((columns, rows), Image.Resampling.BICUBIC)
-        intensity = np.asarray(resized, dtype=np.float32)
-    low, high = np.quantile(intensity, PREPROCESSING["quantiles"])
-    # Resizing a constant image leaves rounding errors, which a stretch would blow up into a pattern.
-    if high - low <= 1e-6 * max(abs(low), abs(high)):
-        raise ImageError(
-            f"the image is constant: its 1st and 99th percentiles are both {low:g}; give an image that shows a cell"
-        )
-    stretched = ((intensity - low) / (high - low)).clip(0, 1)
-    cell = np.zeros((1, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
-    top, left = (IMAGE_SIZE - rows) // 2, (IMAGE_SIZE - columns) // 2
-    cell[0, top : top + rows, left : left + columns] = stretched
-    return cell
-
-
-def _decode(source: str | Path | bytes | BinaryIO, notes: list[str]) -> _Decoded:
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        if path.is_dir():
-            raise ImageError("there is no PNG, JPEG, TIFF, BMP or WebP image in this folder")
-        if not path.is_file():
-            raise FileNotFoundError("there is no such file; give the path of an image")
-        data = path.read_bytes()
-    else:
-        data = source if isinstance(source, bytes) else source.read()
-    if not data:
-        raise ImageError("the file is empty (0 bytes); give an image file")
+    data = source if isinstance(source, (np.ndarray, Image.Image)) else read_file(source)
+    warnings: list[str] = []
     try:
-        return _decode_bytes(data, notes)
+        layers = read_layers(data, plane, warnings)
+        return Decoded(_choose(layers, channel, warnings), tuple(warnings), layers.pixel_size)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
         start = "".join(chr(byte) if 32 <= byte < 127 else "·" for byte in data[:8])
-        raise ImageError(
-            f"not an image of a known kind (it begins with “{start}”); give PNG, JPEG, TIFF, BMP or WebP"
-        ) from error
+        raise ImageError(f"not an image of a known kind (it begins with “{start}”); give {EXPECTED}") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"the image has more than {MAX_PIXELS:,} pixels: cut out a smaller part") from error
+    except ImportError as error:
+        raise ImageError(f"this image needs the package {error.name}: install it, or save as 8-bit PNG") from error
     except Exception as error:  # damaged files make decoders raise anything, TypeError and ZeroDivisionError included
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(
@@ -181,118 +117,161 @@ def _decode(source: str | Path | bytes | BinaryIO, notes: list[str]) -> _Decoded
         ) from error
 
 
-def _decode_bytes(data: bytes, notes: list[str]) -> _Decoded:
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        if data[:4] in TIFF_BEGINNINGS:
-            return _decode_tiff(data, notes)
-        raise
-    # Pillow reads colours of more than 8 bits at 8, where a faint signal would vanish, and of deep grey TIFFs it reads
-    # some wrongly.
-    if image.format == "TIFF" and (max(image.tag_v2.get(258, (1,))) > 8 or image.tag_v2.get(339, (1,))[0] != 1):
-        return _decode_tiff(data, notes)
-    if image.format == "PNG" and data[24] > 8 and data[25] != 0:  # bit depth, and a colour type that is not grey
-        _check_size(image.height, image.width)
-        pixels = _turned(imagecodecs.png_decode(data), image.getexif().get(274, 1))
-        return _Decoded(pixels, has_alpha=data[25] in (4, 6))
-    return _array(image, notes)
-
-
-def _decode_tiff(data: bytes, notes: list[str]) -> _Decoded:
-    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-        page = tiff.pages[0]
-        _check_size(page.imagelength, page.imagewidth)
-        if page.is_tiled:
-            _check_size(page.tilelength, page.tilewidth)
-        if page.size > 4 * MAX_PIXELS:
-            raise ImageError(f"the TIFF's first page has {page.size:,} values; give one image of at most four channels")
-        if page.photometric in (tifffile.PHOTOMETRIC.SEPARATED, tifffile.PHOTOMETRIC.PALETTE):
-            kind = page.photometric.name.lower()
-            raise ImageError(f"a TIFF of more than 8 bits in {kind} colours cannot be read; save it as grey or RGB")
-        if len(tiff.pages) > 1:
-            notes.append(f"the file has {len(tiff.pages)} frames: only the first was read")
-        array = page.asarray()
-        if array.ndim == 3 and page.axes.startswith("S"):  # planar files keep the channels first
-            array = np.moveaxis(array, 0, -1)
-        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
-            array = _full(array.dtype) - array
-        array = _turned(array, page.tags.valueof(274, 1))
-        if page.photometric == tifffile.PHOTOMETRIC.RGB and page.extrasamples == (0,):  # nobody knows what for
-            array = array[..., :3]
-        return _Decoded(array, has_alpha=bool(set(page.extrasamples) & {1, 2}))
-
-
-def _turned(array: np.ndarray, orientation: int) -> np.ndarray:
-    return ORIENTATIONS.get(orientation, lambda image: image)(array)
-
-
-def _full(dtype: np.dtype) -> int | float:
-    """Return the value of full light, or opacity, in pixels of a type."""
-    return np.iinfo(dtype).max if dtype.kind in "iu" else 1.0
-
-
-def _array(image: Image.Image, notes: list[str]) -> _Decoded:
-    _check_size(image.height, image.width)
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1:
-        notes.append(f"the file has {frames} frames: only the first was read")
-        image.seek(0)
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "P":
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-    elif image.mode in ("CMYK", "YCbCr", "HSV", "LAB", "RGBX"):
-        image = image.convert("RGB")
-    elif image.mode in ("1", "PA", "La", "RGBa"):
-        image = image.convert({"1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}[image.mode])
-    return _Decoded(np.asarray(image), has_alpha=image.mode in ("LA", "RGBA"))
-
-
-def _check_size(rows: int, columns: int) -> None:
-    if rows * columns > MAX_PIXELS:
-        raise ImageError(
-            f"the image has {rows:,} x {columns:,} pixels, more than {MAX_PIXELS:,}: cut out a smaller part"
-        )
-
-
-def _one_channel(decoded: _Decoded, notes: list[str]) -> np.ndarray:
-    """Reduce pixels to the channel that holds the fluorescence, float32 (rows, columns)."""
-    array, has_alpha = decoded
-    if array.dtype.kind not in "buif":
-        raise ImageError(f"pixels of type {array.dtype} cannot be read; give integers or floats")
-    if array.ndim not in (2, 3) or array.size == 0:
-        raise ImageError(
-            f"an array of shape {array.shape} is no image; give (rows, columns) or (rows, columns, channels)"
-        )
-    rows, columns = array.shape[:2]
-    _check_size(rows, columns)
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ImageError("the image holds NaN or infinite values; replace them and give it again")
-    if array.ndim == 2:
-        return np.ascontiguousarray(array, dtype=np.float32)
-    channels = array.shape[2] - has_alpha
-    if channels not in (1, 2, 3, 4):
-        raise ImageError(f"the image has {channels} channels; give grey or up to four colours, with or without alpha")
+def _choose(layers: Layers, channel: str | int | None, warnings: list[str]) -> np.ndarray:
+    """Reduce to one channel of one plane, float32 (rows, columns)."""
+    stack, plane, count = layers.stack, layers.plane, len(layers.stack)
+    if stack.dtype.kind not in "buif":
+        raise ImageError(f"pixels of type {stack.dtype} cannot be read; give integers or floats")
+    check_size(*stack.shape[2:], 0)
+    check_plane(plane, count)
+    index = plane - 1 if plane else count // 2
+    light = layers.light(stack[index])
+    if len(light) > MAX_CHANNELS:
+        raise ImageError(f"the image has {len(light)} channels, more than {MAX_CHANNELS}; save the stain's alone")
     opacity = np.float32(1)
-    if has_alpha:
-        opacity = array[..., -1] / np.float32(_full(array.dtype))
-        if (opacity < 1).any():
-            notes.append("the image is partly transparent: it was laid on black")
-    # A fluorophore lights one channel. Luminance weights would scale it down unevenly, so the channel with the
-    # largest spread is read as it is.
-    step = math.ceil(math.sqrt(rows * columns / ENOUGH_PIXELS))
-    sample = np.moveaxis(array[::step, ::step, :channels], -1, 0).astype(np.float32)  # (channels, rows, columns)
-    sample *= opacity[::step, ::step] if has_alpha else 1
-    low, high = np.quantile(sample, PREPROCESSING["quantiles"], axis=(1, 2))
-    spread = high - low
-    best = int(spread.argmax())
-    for other in range(channels):
-        bright = other != best and spread[other] > 0.25 * spread[best]
-        if bright and np.corrcoef(sample[best].ravel(), sample[other].ravel())[0, 1] < 0.9:
-            name = CHANNEL_NAMES[best] if channels == 3 else f"channel {best + 1}"
-            notes.append(f"the image has several colours: only {name} was read")
-            break
-    return np.ascontiguousarray(array[..., best] * opacity, dtype=np.float32)
+    if layers.alpha is not None:
+        alpha = layers.alpha[index]
+        opacity = alpha / np.float32(np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1)
+        if not alpha.any():
+            warnings.append("every pixel is transparent (its alpha is 0): the colours were read as if they were opaque")
+        elif (opacity < 1).any():
+            warnings.append("the image is partly transparent: it was laid on black")
+        if layers.premultiplied or not alpha.any():
+            opacity = np.float32(1)
+    best = _stain(light, opacity, layers, warnings) if channel is None else _asked(channel, layers.names, len(light))
+    if plane is None and count > 1:
+        index = max(range(count), key=lambda index: _sharpness(layers.light(stack[index])[best]))
+        warnings.append(f"the file has {count} planes: plane {index + 1}, the sharpest, was read")
+        light = layers.light(stack[index])
+    with np.errstate(over="ignore"):
+        intensity = np.ascontiguousarray(light[best] * opacity, dtype=np.float32)
+    if not np.abs(intensity).max() < 1e36:  # so that NaN is caught as well
+        raise ImageError("the image holds NaN, infinite or huge values; replace them and give it again")
+    return intensity
+
+
+def _asked(channel: str | int, names: tuple[str, ...], count: int) -> int:
+    if str(channel).isdigit():
+        if 1 <= int(channel) <= count:
+            return int(channel) - 1
+    else:
+        wanted, known = str(channel).casefold(), [name.casefold() for name in names]
+        matching = [place for place, name in enumerate(known) if wanted == name] or [
+            place for place, name in enumerate(known) if wanted in name
+        ]
+        if matching:
+            return matching[0]
+    there = f" ({', '.join(filter(None, names))})" if any(names) else " without names"
+    raise ImageError(
+        f"there is no channel {channel!r}: the image has {count}{there}; give one of its names or 1 to {count}"
+    )
+
+
+def _stain(light: np.ndarray, opacity: np.ndarray, layers: Layers, warnings: list[str]) -> int:
+    """Choose the channel of the stain, and say which others hold signal."""
+    count, coloured = len(light), layers.names == COLOURS
+    if count == 1:
+        return 0
+    step = math.ceil(math.sqrt(light[0].size / ENOUGH_PIXELS))
+    sample = light[:, ::step, ::step].astype(np.float32)  # (channels, rows, columns)
+    sample *= opacity[::step, ::step] if opacity.ndim else opacity
+    signal = _signal(np.nan_to_num(sample, posinf=0, neginf=0), coloured)
+    names = layers.names or ("",) * count
+    wanted = [0 if NO_STAIN.search(name) else 2 if STAIN.search(name) else 1 for name in names]
+    least = 0.0
+    if coloured:
+        least = (LEAST_SIGNAL if light.dtype == np.uint8 else LEAST_SIGNAL_DEEP) * signal.max()
+    # A stain that has a name is read however faint. Of channels that tell nothing the second: DAPI comes before it.
+    order = sorted(range(count), key=lambda place: (-wanted[place], abs(place - 1)))
+    holds = [signal[place] > least or (wanted[place] == 2 and not coloured) for place in range(count)]
+    best = next((place for place in order if holds[place]), int(signal.argmax()))
+    left_out = [
+        names[place] or f"{layers.called} {place + 1}"
+        for place in range(count)
+        if place != best and (signal[place] > 0 if not coloured else _is_another(sample, signal, best, place))
+    ]
+    if left_out:
+        unnamed = "" if any(names) else " without names"
+        what = "the image has several colours" if coloured else f"the file has {count} {layers.called}s{unnamed}"
+        read = names[best] or f"{layers.called} {best + 1}"
+        verb = "was" if len(left_out) == 1 else "were"
+        warnings.append(f"{what}: {read} was read, {' and '.join(left_out)} {verb} left out")
+    return best
+
+
+def _signal(sample: np.ndarray, coloured: bool) -> np.ndarray:
+    """Measure how far the light of each channel (channels, rows, columns) stands out, 0 if no further than noise."""
+    smooth = uniform_filter(sample, (0, 3, 3))
+    kept = np.ones(sample.shape[1:], bool)
+    if coloured:  # white is a scale bar or a label, and in every channel; with its seam in JPEG it is left out
+        white = maximum_filter(sample.min(0) > 0.8 * sample.max(), 17)
+        kept = ~white if white.mean() < 0.1 else kept
+    low, high = np.quantile(smooth[:, kept], [0.01, 0.999], axis=1)
+    noise = np.median(abs(np.diff(sample, axis=2)), axis=(1, 2)) if sample.shape[2] > 1 else 0
+    values = np.array([len(np.unique(channel)) for channel in sample])  # a mask has two, and is no light
+    return np.where((high - low > 3 * noise) & (values > 2), high - low, 0)
+
+
+def _is_another(sample: np.ndarray, signal: np.ndarray, best: int, other: int) -> bool:
+    """Tell the light of another stain from the hue of the one that was read."""
+    if signal[other] <= 0.25 * signal[best]:
+        return False
+    return signal[other] > signal[best] or np.corrcoef(sample[best].ravel(), sample[other].ravel())[0, 1] < 0.9
+
+
+def _sharpness(plane: np.ndarray) -> float:
+    """Return Brenner's measure of focus: it asks pixels two apart, which noise reaches less than edges do."""
+    plane = plane.astype(np.float32)
+    down, across = plane[2:] - plane[:-2], plane[:, 2:] - plane[:, :-2]
+    return float(np.vdot(down, down) + np.vdot(across, across))
+
+
+def make_cell(decoded: Decoded) -> Cell:
+    """Prepare a decoded image for the models, and add what its quality makes doubtful.
+
+    Raises
+    ------
+    ImageError
+        If it is constant, or nearly so.
+    """
+    try:
+        pixels = prepare(decoded.intensity)
+    except ImageError as error:
+        if not decoded.warnings:
+            raise
+        raise ImageError(f"{error} ({'; '.join(decoded.warnings)})") from error
+    return Cell(pixels, decoded.warnings + tuple(_doubts(decoded.intensity, pixels)))
+
+
+def prepare(intensity: np.ndarray) -> np.ndarray:
+    """Fit an image (rows, columns) into (1, 78, 78) and stretch it: its 1st percentile becomes 0, its 99th 1.
+
+    The aspect ratio is kept; a margin is filled with 0. The stretch is the reference's ("Preprocessing"); clipping what
+    lies outside is ours, since the report does not say. Returns float32 in [0, 1].
+
+    Raises
+    ------
+    ImageError
+        If the two percentiles are equal: the image is constant, or nearly so.
+    """
+    least, most = intensity.min(), intensity.max()
+    rows, columns = intensity.shape
+    if (rows, columns) != (IMAGE_SIZE, IMAGE_SIZE):
+        scale = IMAGE_SIZE / max(rows, columns)
+        rows, columns = max(1, round(rows * scale)), max(1, round(columns * scale))
+        resized = Image.fromarray(intensity).resize((columns, rows), Image.Resampling.BICUBIC)
+        intensity = np.asarray(resized, dtype=np.float32)
+    low, high = np.quantile(intensity, PREPROCESSING["quantiles"])
+    if least == most:
+        raise ImageError(f"the image is constant: every pixel is {least:g}; give an image that shows a cell")
+    # Resizing what is nearly constant leaves rounding errors, which a stretch would blow up into a pattern.
+    if high - low <= 1e-6 * max(abs(low), abs(high)):
+        raise ImageError(f"the image is nearly empty: 98 % of it is {low:g}; give an image that shows a cell")
+    stretched = ((intensity - low) / (high - low)).clip(0, 1)
+    cell = np.zeros((1, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
+    top, left = (IMAGE_SIZE - rows) // 2, (IMAGE_SIZE - columns) // 2
+    cell[0, top : top + rows, left : left + columns] = stretched
+    return cell
 
 
 def fine_detail(pixels: np.ndarray) -> float:
@@ -315,25 +294,18 @@ def _detail_filters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _doubts(intensity: np.ndarray, pixels: np.ndarray) -> list[str]:
     rows, columns = intensity.shape
-    doubts = []
+    size, doubts = f"({rows} x {columns} pixels)", []
     if min(rows, columns) < IMAGE_SIZE // 2:
-        doubts.append(
-            f"the image is small ({rows} x {columns} pixels): fine texture is missing, so the verdict is unsure"
-        )
+        doubts.append(f"the image is small {size}: fine texture is missing, and the verdict may be wrong")
     elif fine_detail(pixels) < LEAST_DETAIL:
-        doubts.append(
-            "the image is out of focus or enlarged: it has less fine detail than the cells that the models know, and "
-            "the verdict may be wrong for it"
-        )
+        doubts.append("the image is out of focus or enlarged: fine texture is missing, and the verdict may be wrong")
     if max(rows, columns) > 2 * min(rows, columns):
-        doubts.append(f"the image is far from square ({rows} x {columns} pixels): is it one cell?")
+        doubts.append(f"the image is far from square {size}: is it one cell?")
     if min(rows, columns) > LARGEST_CELL:
-        doubts.append(
-            f"the image is large for one cell ({rows} x {columns} pixels): if it is a whole field, give it as a field"
-        )
+        doubts.append(f"the image is large for one cell {size}: if it is a whole field, give it as a field")
     brightest = float((intensity == intensity.max()).mean())
     if brightest > MOST_CLIPPED:
         doubts.append(
-            f"{brightest:.0%} of the pixels are at the brightest value: light was clipped, and texture is lost with it"
+            f"{brightest:.0%} of the pixels are at the brightest value: light was clipped, and texture is lost"
         )
     return doubts
