@@ -58,25 +58,26 @@ def pull(name: str) -> tuple[Path, tuple[str, ...]]:
             # Now that all is here, the cache may learn what the name stands for; until then the older copy was its.
             snapshot_download(repository, revision=asked, allow_patterns=READ)
         return folder, ()
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{repository} is no folder here, and is not on the Hub, or is private: check the name, give a token "
+            f"(HF_TOKEN), or {instead}"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repository} has no revision {revision!r}: check it, or {instead}") from error
     except HUB_ERRORS as error:
-        cause, fatal = error, None
-        match error:
-            case errors.RepositoryNotFoundError() | errors.HFValidationError():
-                fatal = f"{repository} is no folder here, and is not on the Hub, or is private: check the name, give a "
-                fatal += f"token (HF_TOKEN), or {instead}"
-            case errors.RevisionNotFoundError():
-                fatal = f"{repository} has no revision {revision!r}: check it, or {instead}"
-            case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
-                fatal = f"the Hub does not accept the token for {repository}: set HF_TOKEN to a good one, or unset it"
-            case errors.OfflineModeIsEnabled():
-                reason, then = "HF_HUB_OFFLINE is set", "unset it"
-            case OSError(errno=int()):  # of a file here, not of the Hub
-                reason = f"it cannot be kept in the cache {constants.HF_HUB_CACHE} ({error})"
-                raise OSError(f"{repository}: {reason}: let it be written, make room, or set HF_HOME") from error
-            case _:
-                reason, then = f"the Hub at {constants.ENDPOINT} failed ({_line(error)})", "try again later"
-    if fatal:
-        raise FileNotFoundError(fatal) from cause
+        if getattr(error, "errno", None) is not None:  # of a file here, not of the Hub
+            raise OSError(
+                f"{repository} cannot be kept in the cache {constants.HF_HUB_CACHE} ({error}): let it be written, make "
+                "room there, or set HF_HOME to another folder"
+            ) from error
+        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise FileNotFoundError(
+                f"the Hub does not accept the token for {repository}: set HF_TOKEN to one that is good, or unset it"
+            ) from error
+        reason, then = f"the Hub at {constants.ENDPOINT} failed ({_line(error)})", "try again later"
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            reason, then = "HF_HUB_OFFLINE is set", "unset it"
     try:
         folder = snapshot_download(repository, revision=asked, allow_patterns=READ, local_files_only=True)
     except OSError as error:
@@ -91,7 +92,7 @@ def create_repository(repository: str, *, tag: str | None = None, private: bool 
     Raises ConnectionError if the Hub refuses or fails, PermissionError if the repository was to be private and is
     public, and ValueError if it has the tag, or a branch of that name.
     """
-    with _as_connection_error(f"the Hub at {constants.ENDPOINT} does not let us push to {repository}"):
+    with _as_connection_error(f"the Hub does not let us push to {repository}"):
         # Not asked to be private, it becomes what its owner's new repositories are.
         _patiently(lambda: HfApi().create_repo(repository, private=private or None, exist_ok=True))
         public = private and not _patiently(lambda: HfApi().model_info(repository)).private
@@ -118,21 +119,17 @@ def push(
 
     Raises what `create_repository` and `stage` raise; the run stays as it is.
     """
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            stage(run, Path(folder), repository, examples)
-            create_repository(repository, tag=tag, private=private)
-            with _as_connection_error(f"the push to {repository} failed"):
-                # What an earlier push left goes: its held-out cells may be among those that this run was trained on.
-                options = {"commit_message": f"hep2 {version}", "delete_patterns": WRITTEN}
-                commit = HfApi().upload_folder(repo_id=repository, folder_path=folder, **options).oid
-        with _as_connection_error(f"{repository} has the run as {commit}, but without a tag"):
-            names = chain([f"v{version}"], (f"v{version}-{number}" for number in count(2)))
-            taken = _names(repository)
-            tag = tag or next(name for name in names if name not in taken)
-            _patiently(lambda: HfApi().create_tag(repository, tag=tag, revision=commit))
-    except ConnectionError as error:
-        raise ConnectionError(f"{error}; the run is whole in {run}: push it again") from error
+    with tempfile.TemporaryDirectory() as folder:
+        stage(run, Path(folder), repository, examples)
+        create_repository(repository, tag=tag, private=private)
+        with _as_connection_error(f"the push to {repository} failed"):
+            # What an earlier push left goes: its held-out cells may be among those that this run was trained on.
+            options = {"commit_message": f"hep2 {version}", "delete_patterns": WRITTEN}
+            commit = HfApi().upload_folder(repo_id=repository, folder_path=folder, **options).oid
+    with _as_connection_error(f"{repository} has the run as {commit}, but without a tag"):
+        names, taken = chain([f"v{version}"], (f"v{version}-{number}" for number in count(2))), _names(repository)
+        tag = tag or next(name for name in names if name not in taken)
+        _patiently(lambda: HfApi().create_tag(repository, tag=tag, revision=commit))
     return commit, tag
 
 
@@ -146,7 +143,7 @@ def _as_connection_error(what: str) -> Iterator[None]:
     try:
         yield
     except HUB_ERRORS as error:
-        raise ConnectionError(f"{what} ({_line(error)})") from error
+        raise ConnectionError(f"{what}: {constants.ENDPOINT} failed ({_line(error)})") from error
 
 
 def _line(error: Exception) -> str:
