@@ -228,22 +228,23 @@ def classify_on_ray(
 
 
 def _decode(items: pyarrow.Table, channel: str | int | None, plane: int | None) -> pyarrow.Table:
-    from hep2.predictor import Failure
-
+    """Turn (name, image) into (name, cell), or into (name, error) where it cannot be read."""
     decoded = []
     for name, source in map(pickle.loads, items["item"].to_pylist()):
         try:
             decoded.append((name, load_cell(source, channel=channel, plane=plane)))
         except (ValueError, OSError) as error:
-            decoded.append((name, Failure(name, str(error))))
+            decoded.append((name, str(error)))
     return pyarrow.table({"item": list(map(pickle.dumps, decoded))})
 
 
 class _Actor:
-    def __init__(self, name: str | None, revision: str) -> None:
-        from hep2.predictor import load
+    """Turns what `_decode` gives into answers, whose pixels are left out: they need not travel."""
 
-        self.predictor = load(name)
+    def __init__(self, name: str | None, revision: str) -> None:
+        from hep2.predictor import Failure, load
+
+        self.failure, self.predictor = Failure, load(name)
         if (own := self.predictor.weights.revision) != revision:
             raise ValueError(f"a machine of the cluster has weights of the revision {own}, expected {revision}")
 
@@ -251,7 +252,9 @@ class _Actor:
         decoded = list(map(pickle.loads, items["item"].to_pylist()))
         predictions = iter(self.predictor.classify_cells([pair for pair in decoded if isinstance(pair[1], Cell)]))
         answers = [
-            replace(next(predictions), cell=replace(cell, pixels=NO_PIXELS)) if isinstance(cell, Cell) else cell
-            for _, cell in decoded
+            replace(next(predictions), cell=replace(cell, pixels=NO_PIXELS))
+            if isinstance(cell, Cell)
+            else self.failure(name, cell)
+            for name, cell in decoded
         ]
         return pyarrow.table({"item": list(map(pickle.dumps, answers))})

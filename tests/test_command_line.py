@@ -144,8 +144,8 @@ def test_classify_takes_the_channel_and_plane_that_are_named(untrained, tmp_path
     assert "plane" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
-    command = [*COMMAND, "classify", "synthetic:1", "--json"]
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(tmp_path):
+    command = [*COMMAND, "synthesize", "--count", "1", "--output", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
