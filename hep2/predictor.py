@@ -16,7 +16,7 @@ from hep2.checkpoints import Weights
 from hep2.hub import find_weights
 from hep2.images import Cell, ImageSource, load_cell
 from hep2.models import BASE_MODELS, MODELS, Classifier, StackEnsemble
-from hep2.patterns import CLASS_NAMES, MODEL_TITLES
+from hep2.patterns import CLASS_NAMES, IMAGE_SIZE, MODEL_TITLES
 from hep2.saliency import saliency_map
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """A prediction and, for each model, a saliency map (78, 78) in [0, 1]; the ensemble's is the mean of its members'."""
+    """A prediction, and for each model a saliency map (78, 78) in [0, 1]: for the ensemble the mean of its members'."""
 
     prediction: Prediction
     maps: dict[str, np.ndarray]
@@ -157,6 +157,11 @@ class Predictor:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Output:
         """Answer images (images, 1, 78, 78), float32 in [0, 1]."""
+        if images.ndim != 4 or images.shape[1:] != (1, IMAGE_SIZE, IMAGE_SIZE) or not images.is_floating_point():
+            raise ValueError(
+                f"images are {images.dtype} of shape {tuple(images.shape)}: give floats in [0, 1] of shape (images, 1, "
+                f"{IMAGE_SIZE}, {IMAGE_SIZE}), as `hep2.images.load_cell` makes them"
+            )
         size = CPU_BATCH if self.device.type == "cpu" else GPU_BATCH
         dtype = next(self._classifier.cnn.parameters()).dtype
         answers = [self._classifier(batch.to(self.device, dtype)) for batch in images.split(size)]
@@ -182,6 +187,8 @@ class Predictor:
         classify_cells
             Takes the place of the method of that name, for models that run elsewhere than images are decoded.
         """
+        if isinstance(sources, (str, bytes, np.ndarray)):
+            raise ValueError("classify takes several images: of one, give [image]")
         classify_cells = classify_cells or self.classify_cells
         sources = (_named(source, number) for number, source in enumerate(sources, start=1))
         while batch := list(islice(sources, BATCH)):
@@ -218,9 +225,7 @@ class Predictor:
         (prediction,) = self.classify_cells([(name, cell)])
         image = torch.from_numpy(cell.pixels)[None].to(self.device)
         image = image.to(next(self._classifier.cnn.parameters()).dtype)
-        maps = {
-            model: saliency_map(getattr(self._classifier, model), image)[0].cpu().numpy() for model in BASE_MODELS
-        }
+        maps = {model: saliency_map(getattr(self._classifier, model), image)[0].cpu().numpy() for model in BASE_MODELS}
         maps["ensemble"] = np.mean([maps[model] for model in StackEnsemble.members], axis=0)
         return Explanation(prediction, maps)
 

@@ -94,6 +94,27 @@ def test_no_images_get_no_answers(predictor, images):
     assert list(predictor.classify([])) == predictor.classify_cells([]) == []
 
 
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(1, 1, 78, 78, dtype=torch.uint8),
+        torch.zeros(1, 1, 80, 80),
+        torch.zeros(1, 3, 78, 78),
+        torch.zeros(78, 78),
+    ],
+    ids=["integers", "size", "channels", "dimensions"],
+)
+def test_images_of_another_form_get_no_answers(predictor, images):
+    with pytest.raises(ValueError, match=r"give floats in \[0, 1\] of shape \(images, 1, 78, 78\)"):
+        predictor(images)
+
+
+@pytest.mark.parametrize("image", ["cell.png", b"\x89PNG", np.zeros((78, 78))])
+def test_classify_of_one_image_asks_for_a_list(predictor, image):
+    with pytest.raises(ValueError, match=r"give \[image\]"):
+        next(predictor.classify(image))
+
+
 def test_classify_answers_in_order_and_a_failure_costs_no_other(predictor, tmp_path):
     random = np.random.default_rng(0)
     sources = [(str(number), synthetic_cell("Golgi", random)) for number in range(BATCH + 3)]
