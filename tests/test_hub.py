@@ -1,5 +1,6 @@
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hep2.checkpoints import load_classifier, read_json, write_json
 from hep2.hub import create_repository, find_weights, pull, push, stage
 from hep2.models import MODELS
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET
+from hep2.predictor import Predictor
 
 NAME = "lab/hep2"
 EXAMPLES = {"00001.png": ("Golgi", b"\x89PNG a cell")}
@@ -371,3 +373,64 @@ def test_stage_takes_no_run_that_was_not_measured_as_it_is(untrained, run, tmp_p
         with pytest.raises(ValueError, match=rf"{message}.*measure the run"):
             stage(other, tmp_path / "staged", NAME)
     assert not (tmp_path / "staged").exists()
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False
+    )
+
+
+def test_train_finds_out_before_training_that_it_may_not_push(hub, run, monkeypatch, tmp_path):
+    push(run, NAME, version="1.0.0", tag="taken")
+    train = ["train.py", "--dataset", "synthetic:40", "--output", str(tmp_path / "run"), "--push", NAME]
+    for token, options, message in (
+        ("hf_wrong", [], "set HF_TOKEN"),
+        (TOKEN, ["--private"], f"{NAME} is public already: make it private"),
+        (TOKEN, ["--tag", "taken"], f"{NAME} has 'taken' already"),
+    ):
+        monkeypatch.setenv("HF_TOKEN", token)
+        ended = command(*train, *options)
+        assert ended.returncode == 1, ended.stderr
+        assert message in ended.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_train_and_push_and_load_what_was_pushed(hub, tmp_path):
+    train = ["train.py", "--dataset", "synthetic:40", "--epochs", "1", "--output", str(tmp_path / "run")]
+    staged = command(*train, "--push", NAME, "--dry-run")
+    assert staged.returncode == 0, staged.stderr
+    assert "examples/Golgi/Golgi-" in staged.stdout
+    assert hub.repositories == {}
+    pushed = command(*train, "--push", NAME)  # trains nothing that is trained
+    assert pushed.returncode == 0, pushed.stderr
+    repository = hub.repositories[NAME]
+    assert repository.refs["main"] in pushed.stdout
+    (tag,) = repository.refs.keys() - {"main"}
+    assert tag in pushed.stdout
+    assert len([path for path in repository.files(tag)[1] if path.startswith("examples/")]) == 30
+    weights = find_weights(f"{NAME}@{tag}")
+    assert (weights.source, weights.revision) == (NAME, repository.refs["main"])
+    (prediction,) = Predictor(weights, "cpu").classify([ROOT / "examples" / "Golgi" / "1.png"])
+    assert prediction.as_dict()["weights"] == {"source": NAME, "revision": repository.refs["main"]}
+
+
+def test_the_readmes_commands_make_a_space(hub, tmp_path):
+    text = (ROOT / "README.md").read_text()
+    commands = re.search(r"<!-- deploy -->\n```sh\n(.*?)```", text, re.DOTALL)[1].replace("OWNER/SPACE", "lab/cells")
+    create, upload = (line for line in commands.splitlines() if "create" in line or "upload" in line)
+    fork = tmp_path / "fork"
+    ignored = shutil.ignore_patterns("runs", ".git", "__pycache__", ".*_cache", "*.safetensors")
+    shutil.copytree(ROOT, fork, ignore=ignored)
+    (fork / "runs").mkdir()
+    (fork / "runs" / "checkpoint.pt").write_bytes(b"a pickle")
+    hf = str(Path(sys.executable).with_name("hf"))
+    for line in (create, upload):
+        subprocess.run([hf, *shlex.split(line)[1:]], cwd=fork, check=True, capture_output=True)
+    settings = hub.repositories["lab/cells"].settings
+    assert (settings["sdk"], settings["hardware"]) == ("gradio", "zero-a10g")
+    assert hub.repositories["lab/cells"].private
+    _, files = hub.repositories["lab/cells"].files("main")
+    assert {"app.py", "README.md", "requirements.txt", "hep2/models.py", "hep2/ui/page.css"} <= set(files)
+    assert "examples/Golgi/1.png" in files
+    assert not [path for path in files if path.startswith(("runs/", ".git/", "tests/"))]
