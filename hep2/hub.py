@@ -66,7 +66,7 @@ def pull(name: str) -> tuple[Path, tuple[str, ...]]:
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{repository} has no revision {revision!r}: check it, or {instead}") from error
     except HUB_ERRORS as error:
-        if getattr(error, "errno", None) is not None:  # of a file here, not of the Hub
+        if getattr(error, "errno", None) and not isinstance(error, ConnectionError):  # of a file here, not of the Hub
             raise OSError(
                 f"{repository} cannot be kept in the cache {constants.HF_HUB_CACHE} ({error}): let it be written, make "
                 "room there, or set HF_HOME to another folder"
