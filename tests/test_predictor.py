@@ -7,13 +7,14 @@ import pytest
 import torch
 from answers import ANSWERS, EXAMPLES, example_answers
 from conftest import save_untrained
+from torch import nn
 
 import hep2
 from hep2.checkpoints import load_classifier
 from hep2.images import Cell, load_cell
 from hep2.models import BASE_MODELS, MODELS
 from hep2.patterns import CLASS_NAMES
-from hep2.predictor import BATCH, CPU_BATCH, Failure, Prediction, Predictor
+from hep2.predictor import BATCH, CPU_BATCH, Failure, Prediction, Predictor, optimized_for_serving
 from hep2.saliency import saliency_map
 from hep2.synthetic import synthetic_cell, synthetic_files
 
@@ -85,6 +86,15 @@ def test_a_predictor_changes_nothing_of_the_weights_it_serves(untrained, images)
     assert list(after) == list(before)
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
     assert all(parameter.requires_grad for parameter in weights.classifier.parameters())
+
+
+def test_what_serves_is_a_copy_without_norms_that_were_folded(untrained):
+    classifier = load_classifier(untrained).classifier
+    served = optimized_for_serving(classifier, torch.device("cpu"))
+    kinds = [{type(module) for module in each.modules()} for each in (classifier, served)]
+    assert [nn.BatchNorm2d in kind for kind in kinds] == [True, False]
+    assert not served.training
+    assert not any(parameter.requires_grad for parameter in served.parameters())
 
 
 def test_no_images_get_no_answers(predictor, images):
