@@ -157,16 +157,6 @@ def test_classify_without_usable_weights_says_so(images, tmp_path, capsys):
     assert "no such folder of weights" in capsys.readouterr().err
 
 
-def test_a_cache_that_cannot_be_written_is_blamed_itself(images, tmp_path):
-    (tmp_path / "file").write_text("")
-    environment = os.environ | {"HF_HOME": str(tmp_path / "file" / "cache")}
-    command = [*COMMAND, "classify", images[0], "--weights", "someone/weights"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert str(tmp_path / "file") in result.stderr
-    assert "HF_HOME" in result.stderr
-
-
 def test_the_environment_names_the_weights(images, untrained, monkeypatch, capsys):
     monkeypatch.setenv("HEP2_WEIGHTS", str(untrained))
     assert main(["classify", images[0], "--json"]) == 0
