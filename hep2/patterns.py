@@ -35,14 +35,14 @@ class Pattern:
 PATTERNS = (
     Pattern(
         name="Centromere",
-        colour="#0072B2",
+        colour="#036D94",
         families=("AC-3",),
         antigens="CENP-A, CENP-B, CENP-C",
         associations="limited systemic sclerosis, primary biliary cholangitis",
     ),
     Pattern(
         name="Golgi",
-        colour="#E69F00",
+        colour="#C5B808",
         families=("AC-22",),
         antigens="giantin, golgins",
         associations="varied, not clearly systemic",
@@ -50,7 +50,7 @@ PATTERNS = (
     ),
     Pattern(
         name="Homogeneous",
-        colour="#009E73",
+        colour="#20A876",
         families=("AC-1",),
         antigens="dsDNA, nucleosomes, histones",
         associations="systemic lupus erythematosus, drug-induced lupus, juvenile idiopathic arthritis, "
@@ -58,21 +58,21 @@ PATTERNS = (
     ),
     Pattern(
         name="NuMem",
-        colour="#CC79A7",
+        colour="#FA88BE",
         families=("AC-11", "AC-12"),
         antigens="lamins; nuclear pore complex",
         associations="systemic lupus erythematosus, Sjögren's syndrome; primary biliary cholangitis",
     ),
     Pattern(
         name="Nucleolar",
-        colour="#D55E00",
+        colour="#B7461D",
         families=("AC-8", "AC-9", "AC-10"),
         antigens="PM/Scl, Th/To; fibrillarin; RNA polymerase I, NOR-90",
         associations="systemic sclerosis and its overlaps, Sjögren's syndrome",
     ),
     Pattern(
         name="Speckled",
-        colour="#56B4E9",
+        colour="#B368FE",
         families=("AC-4", "AC-5"),
         antigens="SS-A/Ro, SS-B/La, Mi-2; Sm, U1-RNP, RNA polymerase III",
         associations="Sjögren's syndrome, systemic lupus erythematosus, dermatomyositis; mixed connective tissue "

@@ -1,8 +1,9 @@
-"""Readings and figures as fragments of HTML: pure functions from values to text, with every name escaped."""
+"""What the page shows, as fragments of HTML: pure functions from values to text, with every name escaped."""
 
 import base64
 import io
-from collections.abc import Sized
+import json
+from collections.abc import Iterable, Sequence
 from html import escape
 
 import matplotlib
@@ -10,320 +11,336 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hep2.evaluation import draw_curves, draw_reliability, train_label
-from hep2.fields import CellReading, SpecimenReading, colour_of
-from hep2.patterns import CLASS_NAMES, ICAP_URL, MODEL_TITLES, PATTERNS, SOURCE_RESULTS
-from hep2.reader import Explanation, Failure, Reading
-from hep2.weights import Weights, own_specimens_text, specimen_models
+from hep2.checkpoints import Weights
+from hep2.evaluation import draw_confusion, draw_curves, draw_reliability
+from hep2.fields import CellPrediction, SpecimenPrediction, colour_of
+from hep2.images import Decoded
+from hep2.models import BASE_MODELS, MODELS
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, ICAP_URL, MODEL_TITLES, PATTERNS, REFERENCE_RESULTS
+from hep2.predictor import Explanation, Failure, Prediction
 
-COLOURS = {pattern.name: pattern.colour for pattern in PATTERNS}
-NO_VERDICT = "no verdict"
-PREVIEW = 320  # largest side of a picture of an upload, in pixels
-FIELD_PREVIEW = 1200  # the same of a field
-MOST_CARDS = 200  # cells of a specimen that are shown one by one
+COLOURS = {pattern.name: pattern.colour for pattern in PATTERNS} | {"rejected": "#8B93A1", "mitotic": "#FF0000"}
+NO_VERDICT = "No verdict"
+PREVIEW, FIELD_PREVIEW = 320, 1200  # largest side of a picture, in pixels
+MAX_ROWS = 300  # predictions, or cells of a specimen, that are shown one by one
+SOURCES = "https://huggingface.co/datasets/" + DEFAULT_DATASET
 
 
-def picture(values: np.ndarray) -> str:
-    """Encode an image (rows, columns[, 3]), floats in [0, 1], as a PNG in a data URI."""
+def image_uri(values: np.ndarray, kind: str = "PNG", largest: int | None = None, **options: int) -> str:
+    """Encode an image (rows, columns[, 3]) in [0, 1] as a data URI, no larger than `largest` pixels a side."""
+    image = Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
+    if largest:
+        image.thumbnail((largest, largest))
     file = io.BytesIO()
-    Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    image.save(file, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def preview(intensity: np.ndarray) -> np.ndarray:
-    """Scale an image (rows, columns) of any size and range for showing it; returns floats in [0, 1]."""
-    image = Image.fromarray(intensity)
-    image.thumbnail((PREVIEW, PREVIEW))
-    values = np.asarray(image, dtype=np.float32)
-    low, high = float(values.min()), float(values.max())
-    return (values - low) / max(high - low, 1e-9)
+def stretched(intensity: np.ndarray, quantiles: tuple[float, float] = (0, 1)) -> np.ndarray:
+    """Map an image (rows, columns) of any range to [0, 1]."""
+    low, high = np.quantile(intensity[:: 1 + len(intensity) // 1000], quantiles)
+    return (intensity - low) / max(float(high - low), 1e-9)
 
 
-def overlay(cell: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    """Lay a map (78, 78) in [0, 1] over a cell (78, 78) in [0, 1]; returns (78, 78, 3) in [0, 1]."""
-    colour = matplotlib.colormaps["inferno"](attention)[..., :3]
-    return 0.45 * cell[..., None] + 0.55 * colour
+def percent(probability: float) -> str:
+    return f"{probability:.1%}".replace("%", "&nbsp;%")
 
 
-def verdict_html(explanation: Explanation, uploaded: np.ndarray, truth: str = "") -> str:
-    """Show one reading: images, verdict, doubts, bars of all models, maps, and what the pattern means."""
-    reading = explanation.reading
-    cell = reading.cell.pixels[0]
-    doubts = "".join(f"<li>{escape(_sentence(doubt))}</li>" for doubt in reading.warnings)
+def _sentences(texts: Iterable[str], kind: str) -> str:
+    items = "".join(f"<li>{escape(text[0].upper() + text[1:])}{'' if text[-1] in '.?' else '.'}</li>" for text in texts)
+    return f'<ul class="remarks {kind}">{items}</ul>' if items else ""
+
+
+def _bars(shares: dict[str, float], values: dict[str, str] | None = None) -> str:
+    rows = (
+        f'<li style="--colour:{COLOURS[name]};--share:{share:.2%}"><span>{name}</span>'
+        f"<span>{values[name] if values else percent(share)}</span></li>"
+        for name, share in shares.items()
+    )
+    return f'<ul class="bars">{"".join(rows)}</ul>'
+
+
+def _model_bars(prediction: Prediction, models: Iterable[str]) -> str:
+    return "".join(
+        f'<div data-model="{name}"><h3>{MODEL_TITLES[name]}</h3>'
+        f"{_bars(dict(zip(CLASS_NAMES, map(float, prediction.probabilities[name]), strict=True)))}</div>"
+        for name in models
+    )
+
+
+def _name(verdict: str) -> str:
+    dot = f'<i class="dot" style="--colour:{COLOURS[verdict]}"></i>' if verdict in COLOURS else ""
+    return f'<h2 class="name">{dot}{escape(verdict[0].upper() + verdict[1:])}</h2>'
+
+
+def _agreement(prediction: Prediction) -> str:
+    # The answer's `agreement` counts the ensemble too, which always agrees with itself.
+    return f"{prediction.agreement - 1} of {len(BASE_MODELS)} base models agree"
+
+
+def examples_html(examples: Iterable[tuple[str, str, str, np.ndarray]], kind: str) -> str:
+    """Lay out thumbnails to click on, a row for each caption, from (id, caption, spoken name, image) of each."""
+    rows: dict[str, str] = {}
+    for identity, caption, spoken, image in examples:
+        source = image_uri(stretched(image), "WEBP", 156, quality=60)
+        rows[caption] = rows.get(caption, "") + (
+            f'<button type="button" data-click="{escape(identity)}" aria-pressed="false" aria-label="Classify example '
+            f'{escape(spoken)}" title="{escape(spoken)}"><img src="{source}" alt=""></button>'
+        )
+    body = "".join(f"<h3>{escape(caption)}</h3><div>{buttons}</div>" for caption, buttons in rows.items())
+    return f'<div class="examples {kind}">{body}</div>'
+
+
+def verdict_html(explanation: Explanation, decoded: Decoded, truth: str = "") -> str:
+    """Show one prediction: a card with the verdict, the bars of all models, and the saliency maps."""
+    prediction = explanation.prediction
+    cell, verdict = prediction.cell.pixels[0], prediction.verdict
+    rows, columns = decoded.intensity.shape
+    if prediction.rejected:
+        head = _name(NO_VERDICT) + "<p>The bars are what the models would say of a cell: they mean nothing here.</p>"
+    else:
+        agree = "" if prediction.agreement == len(MODELS) else " doubt"
+        head = (
+            f'{_name(verdict)}<p><b class="probability">{percent(prediction.probability)}</b> by the stack ensemble '
+            f'<span class="badge{agree}">{_agreement(prediction)}</span></p>'
+        )
+    said = f"{prediction.file}: {verdict or NO_VERDICT}" + (f", {prediction.probability:.1%}" if verdict else "")
+    maps = "".join(
+        f'<figure data-model="{name}"><img class="cell" alt="Saliency map of {MODEL_TITLES[name]}" src="'
+        f'{image_uri(0.45 * cell[..., None] + 0.55 * matplotlib.colormaps["inferno"](values)[..., :3], "WEBP")}">'
+        f"<figcaption>{MODEL_TITLES[name]}</figcaption></figure>"
+        for name, values in explanation.maps.items()
+    )
     return f"""
-<section class="reading" aria-label="Reading of {escape(reading.file)}">
-  <div class="top">
-    <figure><img src="{picture(preview(uploaded))}" alt="The image as it was given, {uploaded.shape[0]} by
-      {uploaded.shape[1]} pixels"><figcaption>given</figcaption></figure>
-    <figure><img class="cell" src="{picture(cell)}" alt="The 78 by 78 pixels the models were given">
-      <figcaption>what the models see</figcaption></figure>
-    <div class="verdict" aria-live="polite">
-      <p class="file">{escape(reading.file)}</p>
-      {_headline(reading)}
-      <p>{escape(truth)}</p>
-    </div>
+<section class="reading{" rejected" if prediction.rejected else ""}" data-said="{escape(said)}"
+  aria-label="Prediction for {escape(prediction.file)}">
+  <div class="card" style="--colour:{COLOURS.get(verdict, COLOURS["rejected"])}">
+    <figure><img src="{image_uri(stretched(decoded.intensity), largest=PREVIEW)}" alt="The image as it came, {rows} by
+      {columns} pixels"><figcaption>Original</figcaption></figure>
+    <figure><img class="cell" src="{image_uri(cell)}" alt="The 78 by 78 pixels that the models are given">
+      <figcaption>Preprocessed</figcaption></figure>
+    <div><p class="file">{escape(prediction.file)}</p>{head}<p class="truth">{escape(truth)}</p></div>
+    {_sentences(prediction.warnings, "failed" if prediction.rejected else "doubt")}
+    {meaning_html(verdict) if verdict else ""}
   </div>
-  <ul class="doubts">{doubts}</ul>
-  <div class="models">{"".join(_bars(reading, name) for name in reading.probabilities)}</div>
-  <details class="maps"><summary>Where did each model look?</summary>
-    <div class="models">{"".join(_map(explanation, name) for name in reading.probabilities)}</div>
-    <p class="small">CNN and ResCNN: what spoke for their class (class activation). ViT: the patches it read (attention
-    over all layers). Stack ensemble: the mean of CNN and ViT. Bright is much, dark is little.</p>
-  </details>
-  {"" if reading.refused else meaning_html(reading.verdict)}
+  {_model_bars(prediction, ["ensemble"])}<div class="models">{_model_bars(prediction, BASE_MODELS)}</div>
+  <details class="maps"><summary>Saliency maps: what spoke for each model's answer</summary>
+    <div class="models four">{maps}</div><p class="small">Bright spoke for the class. CNN and ResCNN: class activation.
+    ViT: Grad-CAM of its last layer. Stack ensemble: the mean of CNN and ViT.</p></details>
+  <p><button type="button" class="copy" data-copy="{escape(json.dumps(prediction.as_dict()))}">Copy as JSON</button></p>
 </section>"""
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + ("" if text.endswith("?") else ".")
-
-
-def _headline(reading: Reading) -> str:
-    if reading.refused:
-        return f"""<p class="name">{NO_VERDICT.capitalize()}</p>
-      <p>The bars below are what the models would say if it were a cell: they mean nothing here.</p>"""
-    dot = f'<span class="dot" style="background:{COLOURS[reading.verdict]}"></span>'
-    return f"""<p class="name">{dot}{reading.verdict}</p>
-      <p>{reading.probability:.1%} by the stack ensemble<br>{reading.agreement} of 4 models agree</p>"""
 
 
 def meaning_html(verdict: str) -> str:
     """Say what a pattern points to, and that this is no diagnosis."""
-    pattern = next(pattern for pattern in PATTERNS if pattern.name == verdict)
-    return f"""<dl class="meaning">
-  <div><dt>ICAP family</dt><dd>{", ".join(pattern.families)}</dd></div>
-  <div><dt>Typical antigens</dt><dd>{escape(pattern.antigens)}</dd></div>
-  <div><dt>Associations</dt><dd>{escape(pattern.associations)}</dd></div>
-</dl>
-<p class="small">After the <a href="{ICAP_URL}" target="_blank" rel="noopener">International Consensus on ANA
-Patterns</a>; the mapping from class to family is ours. A pattern is not a diagnosis. Not for clinical use.</p>"""
+    pattern = PATTERNS[CLASS_NAMES.index(verdict)]
+    return f"""<dl class="meaning"><dt>ICAP family</dt><dd>{", ".join(pattern.families)}</dd>
+<dt>Typical antigens</dt><dd>{escape(pattern.antigens)}</dd><dt>Associations</dt><dd>{escape(pattern.associations)}</dd>
+<dt>Source</dt><dd><a href="{ICAP_URL}" target="_blank" rel="noopener">International Consensus on ANA Patterns</a>; the
+mapping from class to family is ours. A pattern is not a diagnosis.</dd></dl>"""
 
 
-def failure_html(failure: Failure) -> str:
-    """Show why an image could not be read."""
-    title = "This image could not be read" if failure.file else "This could not be done"
-    return f"""<section class="reading failed" role="alert"><p class="file">{escape(failure.file)}</p>
-<p class="name">{title}</p><p>{escape(failure.error)}</p></section>"""
-
-
-def counts_html(readings: list[Reading | Failure]) -> str:
-    """Draw how many cells got each verdict."""
-    verdicts = [reading.verdict for reading in readings if isinstance(reading, Reading)]
-    most = max([verdicts.count(name) for name in CLASS_NAMES] + [1])
-    rows = "".join(
-        _bar(name, verdicts.count(name) / most, str(verdicts.count(name)), COLOURS[name]) for name in CLASS_NAMES
-    )
-    remarks = {"got no verdict": verdicts.count(None), "could not be read": len(readings) - len(verdicts)}
-    tail = ", ".join(f"{count} {text}" for text, count in remarks.items() if count)
-    tail = f'<p class="small">{tail}: see the table.</p>' if tail else ""
-    return f'<section class="reading"><h3>{_cells(verdicts)}</h3><ul class="bars">{rows}</ul>{tail}</section>'
-
-
-def _cells(cells: Sized) -> str:
-    return f"{len(cells)} cell{'' if len(cells) == 1 else 's'}"
-
-
-def specimen_html(specimen: SpecimenReading, fields: list[np.ndarray]) -> str:
-    """Show a specimen: its verdict, its fields with the cells outlined, the counts, and the cells by doubt."""
-    verdict = specimen.verdict
-    head = f'<p class="name">{escape(verdict[0].upper() + verdict[1:])}</p>'
-    if specimen.probability is not None:
-        dot = f'<span class="dot" style="background:{COLOURS[verdict]}"></span>'
-        low, high = specimen.interval
-        head = f"""<p class="name">{dot}{verdict}</p><p>{specimen.probability:.1%}, the mean over its cells; between
-{low:.1%} and {high:.1%} in 95 of 100 draws of as many cells</p>"""
-    answer = specimen.as_dict()
-    most = max([*specimen.counts.values(), answer["refused"], answer["mitotic"], 1])
-    others = {"refused": (answer["refused"], "#999999"), "mitotic": (answer["mitotic"], "#FF0000")}
-    rows = {name: (count, COLOURS[name]) for name, count in specimen.counts.items()} | others
-    counts = "".join(_bar(name, count / most, str(count), colour) for name, (count, colour) in rows.items())
-    warnings = list(specimen.warnings)
-    if verdict not in CLASS_NAMES and specimen.cells:
-        warnings.append("without a verdict for the specimen, what its single cells were read as means little")
-    doubts = "".join(f"<li>{escape(_sentence(text))}</li>" for text in warnings)
-    pictures = "".join(_field_picture(specimen, number, field) for number, field in enumerate(fields))
-    order = sorted(range(len(specimen.cells)), key=lambda number: _certainty(specimen.cells[number]))
-    gallery = "".join(_cell_card(specimen.cells[number], number) for number in order[:MOST_CARDS])
-    left_out = f'<p class="small">{MOST_CARDS} of {len(order)}.</p>' if len(order) > MOST_CARDS else ""
-    meaning = meaning_html(verdict) if verdict in CLASS_NAMES else ""
-    return f"""<section class="reading" aria-label="Reading of the specimen">
-<div class="verdict" aria-live="polite">{head}</div><ul class="doubts">{doubts}</ul>{pictures}
-<p class="small">Each cell in its pattern's colour, white where it was refused, red in mitosis. Point at a cell to see
-what it was read as; a click leads to its bars.</p>
-<h3>{_cells(specimen.cells)}</h3><ul class="bars">{counts}</ul>
-<h3>The cells, the most doubtful first</h3>{left_out}<div class="cards">{gallery}</div>{meaning}
+def message_html(title: str, text: str, file: str = "", kind: str = "failed", button: str = "") -> str:
+    """Show a failure, or what to do in place of a prediction."""
+    action = f'<p><button type="button" class="copy" data-click="field">{button}</button></p>' if button else ""
+    return f"""<section class="reading {kind}" data-said="{escape(title)}"><div class="card"><div>
+<p class="file">{escape(file)}</p><h2 class="name">{escape(title)}</h2><p>{escape(text)}</p>{action}</div></div>
 </section>"""
 
 
-def _certainty(cell: CellReading) -> float:
-    return cell.reading.probability if cell.counted else -1.0
+def progress_html(words: str, share: float | None = None) -> str:
+    """Show how far a job is."""
+    value = "" if share is None else f' value="{share:.3f}"'
+    return f"""<section class="reading progress"><p>{escape(words)}</p>
+<progress aria-label="Progress"{value}></progress></section>"""
 
 
-def _field_picture(specimen: SpecimenReading, number: int, field: np.ndarray) -> str:
+def counts_html(predictions: Sequence[Prediction | Failure]) -> str:
+    """Draw how many cells have each verdict."""
+    read = [one for one in predictions if isinstance(one, Prediction)]
+    counts = {name: sum(one.verdict == name for one in read) for name in CLASS_NAMES}
+    counts["rejected"] = len(read) - sum(counts.values())
+    most, shown = max(*counts.values(), 1), {name: str(count) for name, count in counts.items()}
+    bars = _bars({name: count / most for name, count in counts.items()}, shown)
+    return f'<section class="reading counts"><h2>{_count(predictions)}</h2>{bars}</section>'
+
+
+def _count(predictions: Sequence[Prediction | Failure]) -> str:
+    failed = sum(isinstance(one, Failure) for one in predictions)
+    read = len(predictions) - failed
+    return f"{read:,} cell{'' if read == 1 else 's'}" + (f", {failed:,} not read" if failed else "")
+
+
+def table_html(predictions: Sequence[Prediction | Failure]) -> str:
+    """Show many predictions: a row each, which opens to its bars; of very many the doubtful ones first."""
+    rows, cut = list(predictions), ""
+    if len(rows) > MAX_ROWS:
+        rows = sorted(rows, key=lambda one: not _doubtful(one))[:MAX_ROWS]
+        cut = f"{MAX_ROWS} of {len(predictions):,}, doubtful ones first; the files have all. "
+    return f"""<section class="reading" data-said="{_count(predictions)}">
+<p class="small">{cut}A row opens to its bars.</p><div class="rows">{"".join(map(_row, rows))}</div></section>"""
+
+
+def _doubtful(one: Prediction | Failure) -> bool:
+    return isinstance(one, Failure) or bool(one.warnings)
+
+
+def _row(one: Prediction | Failure) -> str:
+    kind = "doubtful" if _doubtful(one) else ""
+    if isinstance(one, Failure):
+        return (
+            f'<p class="row failed {kind}"><i></i><b>{escape(one.file)}</b><span>Not read</span>{escape(one.error)}</p>'
+        )
+    source = image_uri(one.cell.pixels[0], "WEBP", quality=50)
+    said = f"{percent(one.probability)}, {_agreement(one)}" if one.verdict else ""
+    dot = f'<i class="dot" style="--colour:{COLOURS.get(one.verdict, COLOURS["rejected"])}"></i>'
+    return f"""<details class="{kind}"><summary class="row">
+<img src="{source}" alt="" loading="lazy"><b>{escape(one.file)}</b><span>{dot}{one.verdict or NO_VERDICT}</span><span>{said} <em>{escape("; ".join(one.warnings))}</em></span></summary>
+<div class="models four">{_model_bars(one, MODELS)}</div></details>"""
+
+
+def specimen_html(specimen: SpecimenPrediction, fields: Sequence[np.ndarray]) -> str:
+    """Show a specimen: its verdict, its fields with the cells outlined, the counts, and the cells by doubt."""
+    verdict, answer = specimen.verdict, specimen.as_dict()
+    head, warnings = _name(verdict), list(specimen.warnings)
+    if specimen.probability is not None:
+        head += f"""<p><b class="probability">{percent(specimen.probability)}</b> mean over {len(specimen.cells)} cells
+<span class="badge">95 % bootstrap interval {" to ".join(map(percent, specimen.interval))}</span></p>"""
+    elif specimen.cells:
+        warnings.append("without a verdict for the specimen, those of its single cells mean little")
+    counts = specimen.counts | {"rejected": answer["rejected"], "mitotic": answer["mitotic"]}
+    toggles = "".join(
+        f'<label><input type="checkbox" checked data-toggle="{name}"><i class="dot" style="--colour:'
+        f'{COLOURS[name]}"></i>{name} {count}</label>'
+        for name, count in counts.items()
+        if count
+    )
+    certainty = [cell.prediction.probability if cell.counted else -1 for cell in specimen.cells]
+    order = sorted(range(len(specimen.cells)), key=certainty.__getitem__)
+    cards = "".join(_cell_card(specimen.cells[number]) for number in order[:MAX_ROWS])
+    cut = f" ({MAX_ROWS} of {len(order)})" if len(order) > MAX_ROWS else ""
+    said = verdict + ("" if specimen.probability is None else f", {specimen.probability:.1%}")
+    return f"""<section class="reading" data-said="{escape(said)}" aria-label="Prediction for the specimen">
+<div class="card" style="--colour:{COLOURS.get(verdict, COLOURS["rejected"])}"><div>{head}</div>
+{_sentences(warnings, "doubt")}{meaning_html(verdict) if verdict in CLASS_NAMES else ""}</div>
+<div class="toggles" role="group" aria-label="Cells shown">{toggles}<label>Zoom <input type="range" min="1" max="6"
+step="0.5" value="1" data-zoom></label></div>
+<div class="beside"><div>{"".join(_field_picture(specimen, *one) for one in enumerate(fields))}</div>
+<div class="chosen"><p class="small">Point at a cell, or click it: its bars are shown here.</p></div></div>
+<details><summary>All cells, the most doubtful first{cut}</summary><div class="cards">{cards}</div></details>
+</section>"""
+
+
+def _field_picture(specimen: SpecimenPrediction, number: int, field: np.ndarray) -> str:
     """Draw one field with its cells as links to their cards."""
     rows, columns = field.shape
-    small = Image.fromarray(field)
-    small.thumbnail((FIELD_PREVIEW, FIELD_PREVIEW))
-    values = np.asarray(small, dtype=np.float32)
-    low, high = np.quantile(values, [0.01, 0.998])
-    source = picture((values - low) / max(float(high - low), 1e-9))
+    size = max(rows, columns) / 60
     shapes = ""
-    for position, cell in enumerate(specimen.cells):
+    for cell in specimen.cells:
         if cell.field == number:
             points = " ".join(f"{column:.0f},{row:.0f}" for row, column in cell.found.outline)
-            title = f"Cell {position + 1}: {_said(cell)}"
+            row, column = cell.found.centre
             shapes += (
-                f'<a href="#cell-{position + 1}" aria-label="{title}"><polygon points="{points}" '
-                f'stroke="{colour_of(cell)}"><title>{title}</title></polygon></a>'
+                f'<a href="#cell-{cell.number}" data-cell="{_kind(cell)}" aria-label="Cell {cell.number}: '
+                f'{_said(cell)}"><polygon points="{points}" stroke="{colour_of(cell)}"/><text x="{column:.0f}" y="{row:.0f}" '
+                f'font-size="{size:.0f}">{cell.number}</text></a>'
             )
-    return f"""<figure class="field"><svg viewBox="0 0 {columns} {rows}" role="group" aria-label="Field
-{escape(specimen.files[number])}, {rows} by {columns} pixels"><image href="{source}" width="{columns}" height="{rows}"/>
-{shapes}</svg><figcaption>{escape(specimen.files[number])}</figcaption></figure>"""
+    source = image_uri(stretched(field, (0.01, 0.998)), "WEBP", FIELD_PREVIEW, quality=85)
+    name = escape(specimen.files[number])
+    return f"""<figure class="field"><div tabindex="0" role="group" aria-label="Field {name}"><svg
+viewBox="0 0 {columns} {rows}"><image href="{source}" width="{columns}" height="{rows}"/>{shapes}</svg></div>
+<figcaption>{name}</figcaption></figure>"""
 
 
-def _said(cell: CellReading) -> str:
-    if cell.reading.refused:
-        return NO_VERDICT
-    mitotic = ", in mitosis: not counted" if cell.mitotic else ""
-    return f"{cell.reading.verdict} {cell.reading.probability:.0%}{mitotic}"
+def _kind(cell: CellPrediction) -> str:
+    return "mitotic" if cell.mitotic else cell.prediction.verdict or "rejected"
 
 
-def _cell_card(cell: CellReading, position: int) -> str:
-    bars = "".join(
-        _bar(label, float(p), f"{p:.0%}", COLOURS[label])
-        for label, p in zip(CLASS_NAMES, cell.reading.probabilities["ensemble"], strict=True)
+def _said(cell: CellPrediction) -> str:
+    verdict, probability = cell.prediction.verdict, cell.prediction.probability
+    return (f"{verdict} {probability:.0%}" if verdict else NO_VERDICT) + (
+        ", mitotic: not counted" if cell.mitotic else ""
     )
-    return f"""<figure class="card" id="cell-{position + 1}" style="border-color:{colour_of(cell)}">
-<img class="cell" loading="lazy" src="{picture(cell.reading.cell.pixels[0])}" alt="Cell {position + 1}">
-<figcaption>{position + 1}: {_said(cell)}</figcaption><ul class="bars">{bars}</ul></figure>"""
+
+
+def _cell_card(cell: CellPrediction) -> str:
+    source = image_uri(cell.prediction.cell.pixels[0], "WEBP", quality=60)
+    shares = dict(zip(CLASS_NAMES, map(float, cell.prediction.probabilities["ensemble"]), strict=True))
+    return f"""<figure class="small-card" id="cell-{cell.number}" style="border-color:{colour_of(cell)}">
+<img class="cell" src="{source}" alt="Cell {cell.number}"><figcaption>{cell.number}: {_said(cell)}</figcaption>{_bars(shares)}</figure>"""
+
+
+def report_html(specimen: SpecimenPrediction, shown: str, style: str, date: str) -> str:
+    """Make a page of its own of a specimen as it is shown, to be printed or kept."""
+    files, weights = escape(", ".join(specimen.files)), escape(" ".join(specimen.weights.values()))
+    return f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Report: {escape(specimen.verdict)}</title>
+<style>{style}</style><body class="report"><h1>HEp-2 specimen</h1><p>{files}. {date}. Weights: {weights}. <b>Not for
+clinical use.</b></p>{shown}</body></html>"""
 
 
 def models_html(weights: Weights) -> str:
-    """Tell which weights are loaded, what they were trained on and how they did, beside the source's figures."""
-    training = weights.configs["ensemble"]["training"]
-    minutes = sum(weights.configs[name]["training"].get("seconds", 0) for name in weights.models) / 60
-    size = weights.metrics.get("test_size", 0)
-    return f"""<section class="reading">
-<h3>The weights</h3>
-<p>{escape(weights.source)}, revision <code>{escape(weights.revision)}</code>. {escape(" ".join(weights.notes))}
-Trained on {escape(training["dataset"])} (recipe {escape(training["recipe"])}, {minutes:.0f} minutes in all), divided by
-the protocol {escape(training["protocol"])} with seed {escape(str(training["seed"]))}.</p>
-<h3>How the models do</h3>
-<p>Random split: {size:,} test cells that took no part in training, calibration or stacking, but come from specimens
-that others of their cells were trained on. Held-out specimens: every cell of a specimen kept away from training, as a
-new patient's would be. The source is the course report that this project re-builds.</p>
-<div class="scroll">{_results_table(weights)}</div>{_specimen_note(weights)}
-</section>"""
-
-
-def _results_table(weights: Weights) -> str:
-    fields = {"accuracy": "accuracy", "mean_class_accuracy": "mean class", "macro_f1": "macro F1", "ece": "ECE"}
-    random, specimen = weights.metrics.get("models", {}), weights.metrics.get("specimen", {}).get("models", {})
+    """Tell how the models do on a new patient and on a random split, beside the reference, and where all comes from."""
+    metrics, training = weights.metrics, weights.training
+    specimen = metrics.get("specimen") or {}
+    blocks = specimen.get("blocks", {}).get("ensemble")
+    lead = "How many specimens of new patients these weights get right was not measured: expect less than below."
+    if blocks:
+        lead = f"On a new patient: {blocks['right']} of {blocks['total']} specimens right"
+    random, held_out = metrics.get("models", {}), specimen.get("models", {})
+    shifted = specimen.get("shifted", {}).get("models", {})
     rows = ""
     for name, title in MODEL_TITLES.items():
-        measured = [part.get(name, {}).get(field) for part in (random, specimen) for field in fields]
-        source = [SOURCE_RESULTS[name][field] for field in ("accuracy", "macro_recall", "macro_f1")]
-        cells = "".join(f"<td>{'–' if value is None else format(value, '.4f')}</td>" for value in measured)
-        cells += "".join(f'<td class="source">{value:.2f}</td>' for value in source)
-        rows += f'<tr><th scope="row">{title}</th>{cells}</tr>'
-    columns = [*fields.values(), *fields.values(), *list(fields.values())[:3]]
-    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
-    return f"""<table><caption><span>Mean class is the mean of the classes' recalls; ECE is the expected
-calibration error, of which less is better.</span></caption>
-<thead><tr><td></td><th scope="colgroup" colspan="4">random split</th><th scope="colgroup" colspan="4">held-out
-specimens</th><th scope="colgroup" colspan="3">the source, random split</th></tr><tr><td></td>{head}</tr></thead>
-<tbody>{rows}</tbody></table>"""
-
-
-def _specimen_note(weights: Weights) -> str:
-    specimen = weights.metrics.get("specimen")
-    if specimen is None:
-        return "<p><strong>Held-out specimens were not measured: expect less on a new patient.</strong></p>"
-    blocks = specimen["blocks"]["ensemble"]
-    return (
-        "<p>The held-out figures are not of the models that answer here, but of "
-        f"{escape(specimen_models(specimen))}, over {specimen['folds']} folds. Their stack ensemble read "
-        f"{blocks['right']:d} of {blocks['total']:d} held-out specimens right as a whole; {specimen['refused']:.1%} of "
-        f"their cells would get no verdict. <strong>{escape(own_specimens_text(weights.metrics))}</strong></p>"
+        parts = [(held_out, "mean_class_accuracy"), (held_out, "ece"), (shifted, "mean_class_accuracy")]
+        parts += [(random, "accuracy"), (random, "mean_class_accuracy"), (random, "ece")]
+        values = [part.get(name, {}).get(field) for part, field in parts]
+        cells = "".join(f"<td>{'–' if value is None else format(value, '.3f')}</td>" for value in values)
+        rows += f'<tr><th scope="row">{title}</th>{cells}<td>{REFERENCE_RESULTS[name]["accuracy"]:.2f}</td></tr>'
+    head = "".join(
+        f'<th scope="col">{text}</th>'
+        for text in (
+            "mean class accuracy",
+            "ECE",
+            "shifted cells",
+            "accuracy",
+            "mean class accuracy",
+            "ECE",
+            "accuracy",
+        )
     )
+    return f"""<section class="reading"><h2 class="name">{lead}</h2>
+<p>Held-out specimens: no cell of them was in the training, as with a new patient. Random split: other cells of the same
+specimens were. ECE is the expected calibration error. The reference is the course report that is re-implemented here.
+</p><div class="scroll" tabindex="0" role="group" aria-label="Results"><table><thead><tr><td></td>
+<th colspan="3" scope="colgroup">held-out specimens</th><th colspan="3" scope="colgroup">random split</th><th scope="colgroup">reference</th></tr>
+<tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>
+<details><summary>Weights, recipe and seed</summary><p>{escape(weights.source)}, revision
+<code>{escape(weights.revision)}</code>; dataset {escape(str(training["dataset"]))}, recipe {escape(str(training["recipe"]))}, protocol
+{escape(str(training["protocol"]))}, seed {training["seed"]}. {escape(" ".join(weights.notes))}</p></details>
+<p><a href="{SOURCES}" target="_blank" rel="noopener">Dataset</a> · <a href="{ICAP_URL}" target="_blank" rel="noopener">
+ICAP</a></p></section>"""
 
 
 def model_details_html(weights: Weights) -> str:
-    """Show each model's classes, confusion matrix, calibration and training curves; it takes a second to draw."""
-    return f'<section class="reading">{"".join(_details(weights, name) for name in weights.models)}</section>'
-
-
-def _details(weights: Weights, name: str) -> str:
-    title, result = MODEL_TITLES[name], weights.metrics.get("models", {}).get(name)
-    tables = figures = ""
-    if result:
-        tables = f'<div class="scroll">{_class_table(result)}</div><div class="scroll">{_confusion_table(result)}</div>'
-        alt = f"{title}: share of right verdicts against their probability, ECE {result['ece']:.4f}"
-        figures = _plate(draw_reliability(result, title), alt)
-    specimen = weights.metrics.get("specimen", {}).get("models", {}).get(name)
-    if specimen:
-        alt = f"{title} on held-out specimens: share of right verdicts, ECE {specimen['ece']:.4f}"
-        figures += _plate(draw_reliability(specimen, f"{title}, held-out specimens"), alt)
-    if history := weights.history(name):
-        last = history[-1]
-        alt = (
-            f"{title}: loss and accuracy over {last['epoch']} epochs, "
-            f"validation accuracy {last['validation_accuracy']:.4f} at the end"
-        )
-        figures += _plate(draw_curves(history, title, train_label(weights.configs[name]["training"])), alt)
-    opened = " open" if name == "ensemble" else ""
-    return f"<details{opened}><summary>{title}, class by class</summary>{tables}<div>{figures}</div></details>"
-
-
-def _class_table(result: dict) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{label}</th>'
-        + "".join(f"<td>{row[field]:.4f}</td>" for field in ("precision", "recall", "f1"))
-        + f"<td>{row['support']:,}</td></tr>"
-        for label, row in result["per_class"].items()
-    )
-    head = "".join(f'<th scope="col">{column}</th>' for column in ("precision", "recall", "F1", "cells"))
-    return f"""<table><caption><span>By class</span></caption><thead><tr><td></td>{head}</tr></thead>
-<tbody>{rows}</tbody></table>"""
-
-
-def _confusion_table(result: dict) -> str:
-    head = "".join(f'<th scope="col">{label}</th>' for label in CLASS_NAMES)
-    rows = ""
-    for label, counts in zip(CLASS_NAMES, result["confusion"], strict=True):
-        cells = ""
-        for count in counts:
-            # The errors are a few per cent: on a linear scale they would all look alike.
-            shade = 100 * (count / max(1, sum(counts))) ** 0.4
-            cells += f'<td style="background:color-mix(in srgb, #0072B2 {0.45 * shade:.0f}%, transparent)">{count}</td>'
-        rows += f'<tr><th scope="row">{label}</th>{cells}</tr>'
-    return f"""<table class="confusion"><caption><span>Confusion: rows are labels, columns are verdicts</span></caption>
-<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>"""
+    """Draw each model's confusion matrix, calibration and training curves; it takes some seconds."""
+    parts = []
+    for name, title in MODEL_TITLES.items():
+        random = weights.metrics.get("models", {}).get(name)
+        held_out = (weights.metrics.get("specimen") or {}).get("models", {}).get(name)
+        plates = ""
+        for result, split in ((held_out, "held-out specimens"), (random, "random split")):
+            if result:
+                label = f"{title}, {split}"
+                plates += _plate(draw_confusion(result, label), f"{label}: confusion matrix")
+                plates += _plate(draw_reliability(result, label), f"{label}: reliability, ECE {result['ece']:.3f}")
+        if history := weights.history(name):
+            plates += _plate(draw_curves(history, title), f"{title}: loss and accuracy over {len(history)} epochs")
+        opened = " open" if name == "ensemble" else ""
+        parts.append(f"<details{opened}><summary>{title}: figures</summary><div>{plates}</div></details>")
+    return f'<section class="reading">{"".join(parts)}</section>'
 
 
 def _plate(figure: Figure, alt: str) -> str:
-    """Put a figure on a white plate, which reads the same in a light and a dark page."""
     file = io.BytesIO()
-    figure.savefig(file, format="svg")
-    source = "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
-    return f'<img class="plate" src="{source}" alt="{escape(alt)}">'
-
-
-def _bars(reading: Reading, name: str) -> str:
-    rows = "".join(
-        _bar(label, float(p), f"{p:.1%}", COLOURS[label])
-        for label, p in zip(CLASS_NAMES, reading.probabilities[name], strict=True)
-    )
-    return f'<div data-model="{name}"><h3>{MODEL_TITLES[name]}</h3><ul class="bars">{rows}</ul></div>'
-
-
-def _bar(label: str, share: float, value: str, colour: str) -> str:
-    filled = f'<span style="width:{share:.2%};background:{colour}"></span>'
-    return f'<li><span>{label}</span><span class="value">{value}</span><span class="track">{filled}</span></li>'
-
-
-def _map(explanation: Explanation, name: str) -> str:
-    cell, title = explanation.reading.cell.pixels[0], MODEL_TITLES[name]
-    source = picture(overlay(cell, explanation.maps[name]))
-    image = f'<img class="cell" src="{source}" alt="Map of what {title} looked at">'
-    return f'<figure data-model="{name}">{image}<figcaption>{title}</figcaption></figure>'
+    figure.savefig(file, format="webp", dpi=90)
+    source = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+    return f'<img class="plate" loading="lazy" src="{source}" alt="{escape(alt)}">'

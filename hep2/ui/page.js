@@ -1,0 +1,87 @@
+() => {
+  const find = (selector, root = document) => root.querySelector(selector);
+  // Screen readers hear this element, which stays; it says what the newest result is.
+  const said = Object.assign(document.createElement("div"), { id: "said" });
+  said.setAttribute("role", "status");
+  document.body.append(said);
+  let mapsOpen = false;
+
+  const address = (change) => {
+    const query = new URLSearchParams(location.search);
+    for (const [key, value] of Object.entries(change)) value ? query.set(key, value) : query.delete(key);
+    if (`?${query}` !== location.search) history.pushState(null, "", `?${query}`);
+  };
+  const until = async (selector) => {
+    for (let tries = 0; !find(selector) && tries < 100; tries++) await new Promise((done) => setTimeout(done, 50));
+    return find(selector);
+  };
+  const follow = async () => {
+    const query = new URLSearchParams(location.search), example = query.get("example");
+    (await until(`#tab-${CSS.escape(query.get("tab") || "one")}-button`))?.click();
+    if (example) (await until(`[data-click="${CSS.escape(example)}"]`))?.click();
+  };
+  const press = (box, button) => {
+    for (const one of box.querySelectorAll("[aria-pressed]")) one.setAttribute("aria-pressed", one === button);
+  };
+  const choose = (link) => {
+    const card = find(link.getAttribute("href"));
+    if (card) find(".chosen", link.closest(".beside")).innerHTML = card.outerHTML.replace(/ id="[^"]*"/, "");
+  };
+
+  document.addEventListener("click", async (event) => {
+    const at = (selector) => event.target.closest(selector);
+    const example = at("[data-click][aria-pressed]"), tab = at("button[id^=tab-][role=tab]");
+    if (example) {
+      press(example.closest(".examples"), example);
+      find(example.closest(".cells") ? "#one-result" : "#field-result").classList.add("busy");
+      address({ tab: example.closest(".cells") ? "one" : "field", example: example.dataset.click });
+    }
+    if (tab && event.isTrusted) address({ tab: tab.id.slice(4, -7), example: null });
+    if (at("[data-cell]")) { event.preventDefault(); choose(at("[data-cell]")); }
+    if (at(".maps summary")) mapsOpen = !at(".maps").open;
+    if (at("[data-copy]")) {
+      await navigator.clipboard.writeText(at("[data-copy]").dataset.copy);
+      at("[data-copy]").textContent = "Copied";
+    }
+  });
+  for (const kind of ["pointerover", "focusin"]) {
+    document.addEventListener(kind, (event) => { const cell = event.target.closest?.("[data-cell]"); if (cell) choose(cell); });
+  }
+  document.addEventListener("input", ({ target }) => {
+    const section = target.closest(".reading");
+    if ("zoom" in target.dataset) for (const svg of section.querySelectorAll("svg")) svg.style.width = `${100 * target.value}%`;
+    for (const cell of section?.querySelectorAll(`[data-cell="${target.dataset.toggle}"]`) || []) {
+      cell.style.display = target.checked ? "" : "none";
+    }
+  });
+  // Gradio's file boxes take drops and choices; a pasted image is handed to the visible one here.
+  document.addEventListener("change", (event) => {
+    const box = event.target.closest(".upload");
+    if (!box || event.target.type !== "file") return;
+    for (const examples of document.querySelectorAll(".examples")) if (examples.checkVisibility()) press(examples);
+    address({ example: null });
+    if (box.id === "one-upload" && event.target.files.length === 1) find("#one-result").classList.add("busy");
+  });
+  document.addEventListener("paste", ({ clipboardData }) => {
+    const box = [...document.querySelectorAll(".upload")].find((one) => one.checkVisibility());
+    const input = box && find("input[type=file]", box);
+    if (!input || !clipboardData?.files.length) return;
+    input.files = clipboardData.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+  });
+  addEventListener("popstate", follow);
+
+  // Gradio draws a tab when it is opened first, and puts a new result in the place of the old one.
+  new MutationObserver(() => {
+    for (const section of document.querySelectorAll("[id$=-result] > * .reading, [id$=-result] > .reading")) {
+      const box = section.closest("[id$=-result]");
+      if (box.shown === section) continue;
+      box.classList.remove("busy");
+      if (section.dataset.said) said.textContent = section.dataset.said;
+      if (find(".maps", section)) find(".maps", section).open = mapsOpen;
+      if (innerWidth < 900 && box.shown) box.scrollIntoView({ behavior: "smooth" });
+      box.shown = section;
+    }
+  }).observe(document.body, { childList: true, subtree: true });
+  if (location.search) follow();
+}
