@@ -10,6 +10,7 @@ import math
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 from xml.etree import ElementTree
@@ -41,7 +42,7 @@ EXPECTED = "PNG, JPEG, TIFF, BMP, WebP, JPEG 2000, AVIF or HEIC"
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "JPEG2000", "AVIF")
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 320_000_000  # of a file, and of what it is decoded to: with what is made of them they stay below 1 GiB
-MAX_PAGES, MAX_PARTS, MAX_CHANNELS = 10_000, 100_000, 64  # of a TIFF, lest a small file takes minutes
+MAX_PAGES, MAX_PARTS, MAX_CHANNELS = 5_000, 100_000, 64  # of a TIFF, lest a small file takes minutes
 UNNAMED_CHANNELS = 4  # pages of which nothing is known are channels if there are no more of them, else a stack
 
 COLOURS = ("red", "green", "blue")
@@ -54,7 +55,8 @@ MICROMETRES |= {"nm": 1e-3, "mm": 1e3, 4: 1e3, "cm": 1e4, 3: 1e4, "inch": 25_400
 
 # TIFF's compressions whose output is bounded by the page's size, and those whose parts bring a size of their own.
 BOUNDED = {1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 34926, 50000}  # none, CCITT, LZW, Deflate, PackBits, LZMA, Zstandard
-PICTURES = {7, 33003, 33005, 34712, 34892, 34927, 34933, 50001}  # JPEG, JPEG 2000, WebP, PNG
+JPEG = {7, 34892}
+PICTURES = JPEG | {33003, 33005, 34712, 34927, 34933, 50001}  # and JPEG 2000, WebP, PNG
 SILENCE = logging.NullHandler()
 
 EXPORT = "export the plane as TIFF from the microscope's program or from Fiji (File > Save As > Tiff)"
@@ -210,17 +212,25 @@ def _of_tiff(data: bytes, plane: int | None, warnings: list[str]) -> Layers:
         array = array.transpose(*stack, *at)
         planes, channels, samples = math.prod(array.shape[: len(stack)]), *array.shape[-4:-2]
         unknown = planes > 1 == channels == samples and all(axes[place] in "IQ" for place in stack)
-        names, pixel_size = _metadata(tiff, images[0], pages, planes if unknown else channels)
+        names, pixel_size = (), None
+        with suppress(ValueError):  # what is badly written tells nothing
+            names, pixel_size = _metadata(tiff, images[0], pages, planes if unknown else channels)
+    names = names if samples == 1 else ()
     if unknown and (any(names) or (plane is None and planes <= UNNAMED_CHANNELS)):
         planes, channels = 1, planes
     elif plane is not None and planes == 1 < channels and not any(names):
         planes, channels = channels, 1
     array = _turned(array.reshape(planes, channels * samples, *array.shape[-2:]), page.tags.valueof(274, 1))
-    used, colours, light = MEANINGS[page.photometric.name if channels == 1 else "MINISBLACK"]
+    meaning = page.photometric.name
+    if meaning == "YCBCR" and page.compression in JPEG:  # the decoder has made it RGB
+        meaning = "RGB"
+    if channels > 1 and meaning != "MINISWHITE":
+        meaning = "MINISBLACK"
+    used, colours, light = MEANINGS[meaning]
     alpha = None
     if channels == 1 and set(page.extrasamples) & {1, 2}:  # associated and unassociated; 0 may be anything
         array, alpha = array[:, :-1], array[:, -1]
-    if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not _is_display(page.colormap):
+    if meaning == "PALETTE" and not _is_display(page.colormap):
         colours, light = COLOURS, lambda indices: page.colormap[:, indices[0]]
     layers = Layers(array[:, : used or None], colours or names, light, alpha, 1 in page.extrasamples, pixel_size, plane)
     return layers._replace(called="page" if unknown else "channel")
@@ -228,7 +238,11 @@ def _of_tiff(data: bytes, plane: int | None, warnings: list[str]) -> Layers:
 
 def _largest(tiff: "TiffFile", warnings: list[str]) -> list["TiffPageSeries"]:
     """Choose the largest image: thumbnails and the lower levels of a pyramid are smaller."""
-    if len(tiff.pages) > MAX_PAGES:
+    claimed = [
+        math.prod(int(pixels.get(f"Size{axis}", 1)) for axis in "ZCT")
+        for pixels in (_ome_pixels(tiff) if tiff.is_ome else ())
+    ]
+    if len(tiff.pages) > MAX_PAGES or sum(claimed) > MAX_PAGES:
         raise ImageError(f"the TIFF has more than {MAX_PAGES:,} pages; save the one that shows the stain")
     images = [level for series in tiff.series for level in series.levels if {"Y", "X"} <= set(level.axes)]
     areas = [image.sizes["height"] * image.sizes["width"] for image in images]
@@ -275,7 +289,7 @@ def _metadata(
     unit, (dots, per) = MICROMETRES.get(int(page.resolutionunit), 0), page.tags.valueof(282, (0, 1))
     if image.kind == "ome":
         number = [id(series) for series in tiff.series].index(id(image))
-        pixels = ElementTree.fromstring(tiff.ome_metadata).findall("{*}Image/{*}Pixels")[number]
+        pixels = _ome_pixels(tiff)[number]
         for channel in pixels.findall("{*}Channel"):
             wavelength, colour = float(channel.get("EmissionWavelength", 0)), int(channel.get("Color", -1))
             shown = _colour_name(*(colour >> shift & 255 for shift in (24, 16, 8)))
@@ -297,6 +311,12 @@ def _metadata(
     return tuple(names) if count == 1 or len(set(names)) > 1 else (), _plausible(unit * per, dots)
 
 
+def _ome_pixels(tiff: "TiffFile") -> list[ElementTree.Element]:
+    with suppress(ElementTree.ParseError):
+        return ElementTree.fromstring(tiff.ome_metadata).findall("{*}Image/{*}Pixels")
+    return []
+
+
 def _colour_name(*light: int) -> str:
     bright = [colour for colour, value in zip(COLOURS, light, strict=True) if value > 127]
     return bright[0] if len(bright) == 1 else ""
@@ -309,17 +329,22 @@ def _plausible(micrometres: float, pixels: float) -> float | None:
 
 
 def _of_bioio(data: bytes, plane: int | None, what: str, advice: str, suffix: str) -> Layers:
+    extra = f", or install bioio and bioio-{suffix[1:]}" if suffix else ""
+    unread = ImageError(f"this is {what}, which is not read here; {advice}{extra}")
+    if not suffix:
+        raise unread
     try:
-        if not suffix:
-            raise ImportError
         from bioio import BioImage
+        from bioio_base.exceptions import UnsupportedFileFormatError
     except ImportError:
-        extra = f", or install bioio and bioio-{suffix[1:]}" if suffix else ""
-        raise ImageError(f"this is {what}, which is not read here; {advice}{extra}") from None
+        raise unread from None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"image{suffix}")
         path.write_bytes(data)
-        image = BioImage(path)
+        try:
+            image = BioImage(path)
+        except UnsupportedFileFormatError:
+            raise unread from None
         depth, channels, rows, columns = (getattr(image.dims, axis, 1) for axis in "ZCYX")
         check_size(rows, columns, depth * channels * image.dtype.itemsize)
         stack = image.get_image_data("ZCYX", T=0)
@@ -350,7 +375,7 @@ def _by_pillow(mode: str) -> Callable[[np.ndarray], np.ndarray]:
 # names of the channels, and how they become light. By Pillow's mode: the mode that says it in light, alpha kept.
 MEANINGS = {
     "MINISBLACK": (None, (), np.asarray),
-    "MINISWHITE": (1, (), lambda samples: -samples if samples.dtype.kind == "f" else ~samples),
+    "MINISWHITE": (None, (), lambda samples: -samples if samples.dtype.kind == "f" else ~samples),
     "RGB": (3, COLOURS, np.asarray),
     "PALETTE": (1, (), np.asarray),  # if it is for display; else the palette's colours
     "SEPARATED": (4, COLOURS, _by_pillow("CMYK")),

@@ -128,26 +128,32 @@ def _choose(layers: Layers, channel: str | int | None, warnings: list[str]) -> n
     light = layers.light(stack[index])
     if len(light) > MAX_CHANNELS:
         raise ImageError(f"the image has {len(light)} channels, more than {MAX_CHANNELS}; save the stain's alone")
-    opacity = np.float32(1)
-    if layers.alpha is not None:
-        alpha = layers.alpha[index]
-        opacity = alpha / np.float32(np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1)
-        if not alpha.any():
-            warnings.append("every pixel is transparent (its alpha is 0): the colours were read as if they were opaque")
-        elif (opacity < 1).any():
-            warnings.append("the image is partly transparent: it was laid on black")
-        if layers.premultiplied or not alpha.any():
-            opacity = np.float32(1)
-    best = _stain(light, opacity, layers, warnings) if channel is None else _asked(channel, layers.names, len(light))
+    if channel is None:
+        best = _stain(light, _opacity(layers, index), layers, warnings)
+    else:
+        best = _asked(channel, layers.names, len(light))
     if plane is None and count > 1:
         index = max(range(count), key=lambda index: _sharpness(layers.light(stack[index])[best]))
         warnings.append(f"the file has {count} planes: plane {index + 1}, the sharpest, was read")
         light = layers.light(stack[index])
     with np.errstate(over="ignore"):
-        intensity = np.ascontiguousarray(light[best] * opacity, dtype=np.float32)
-    if not np.abs(intensity).max() < 1e36:  # so that NaN is caught as well
+        intensity = np.array(light[best], np.float32, order="C")
+    opacity = _opacity(layers, index)
+    if opacity is not None and not opacity.any():
+        warnings.append("every pixel is transparent (its alpha is 0): the colours were read as if they were opaque")
+    elif opacity is not None and (opacity < 1).any():
+        warnings.append("the image is partly transparent: it was laid on black")
+        intensity *= 1 if layers.premultiplied else opacity
+    if not -1e36 < intensity.min() <= intensity.max() < 1e36:  # false of NaN as well
         raise ImageError("the image holds NaN, infinite or huge values; replace them and give it again")
     return intensity
+
+
+def _opacity(layers: Layers, index: int) -> np.ndarray | None:
+    if layers.alpha is None:
+        return None
+    alpha = layers.alpha[index]
+    return alpha / np.float32(np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1)
 
 
 def _asked(channel: str | int, names: tuple[str, ...], count: int) -> int:
@@ -167,14 +173,15 @@ def _asked(channel: str | int, names: tuple[str, ...], count: int) -> int:
     )
 
 
-def _stain(light: np.ndarray, opacity: np.ndarray, layers: Layers, warnings: list[str]) -> int:
+def _stain(light: np.ndarray, opacity: np.ndarray | None, layers: Layers, warnings: list[str]) -> int:
     """Choose the channel of the stain, and say which others hold signal."""
     count, coloured = len(light), layers.names == COLOURS
     if count == 1:
         return 0
     step = math.ceil(math.sqrt(light[0].size / ENOUGH_PIXELS))
     sample = light[:, ::step, ::step].astype(np.float32)  # (channels, rows, columns)
-    sample *= opacity[::step, ::step] if opacity.ndim else opacity
+    if opacity is not None and opacity.any() and not layers.premultiplied:
+        sample *= opacity[::step, ::step]
     signal = _signal(np.nan_to_num(sample, posinf=0, neginf=0), coloured)
     names = layers.names or ("",) * count
     wanted = [0 if NO_STAIN.search(name) else 2 if STAIN.search(name) else 1 for name in names]
@@ -208,8 +215,10 @@ def _signal(sample: np.ndarray, coloured: bool) -> np.ndarray:
         kept = ~white if white.mean() < 0.1 else kept
     low, high = np.quantile(smooth[:, kept], [0.01, 0.999], axis=1)
     noise = np.median(abs(np.diff(sample, axis=2)), axis=(1, 2)) if sample.shape[2] > 1 else 0
-    values = np.array([len(np.unique(channel)) for channel in sample])  # a mask has two, and is no light
-    return np.where((high - low > 3 * noise) & (values > 2), high - low, 0)
+    stands_out = high - low > 3 * noise
+    if not coloured:
+        stands_out &= [len(np.unique(channel)) > 2 for channel in sample]  # a mask is no light
+    return np.where(stands_out, high - low, 0)
 
 
 def _is_another(sample: np.ndarray, signal: np.ndarray, best: int, other: int) -> bool:

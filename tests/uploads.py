@@ -1,4 +1,4 @@
-"""Files that people send: each by its name, with what the answer must say, or None where it must be a reading."""
+"""Files that people send: each by its name, with what the answer must say, or None where it must be a prediction."""
 
 import gzip
 import io
@@ -11,12 +11,12 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from hep2.phantoms import phantom_cell
+from hep2.synthetic import synthetic_cell
 
 
 def cell() -> np.ndarray:
-    """Draw one Golgi phantom, (78, 78), uint8."""
-    return phantom_cell("Golgi", np.random.default_rng(0))
+    """Draw one Golgi cell, (78, 78), uint8."""
+    return synthetic_cell("Golgi", np.random.default_rng(0))
 
 
 def encoded(image: np.ndarray | Image.Image, kind: str, **options) -> bytes:
@@ -25,13 +25,17 @@ def encoded(image: np.ndarray | Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
-def tiff(array: np.ndarray, **options) -> bytes:
+def tiff(*pages: np.ndarray, **options) -> bytes:
+    """Write pages one by one, as programs do that know nothing of stacks."""
     file = io.BytesIO()
-    tifffile.imwrite(file, array, **options)
+    of_file = {name: options.pop(name) for name in ("imagej", "ome", "bigtiff", "byteorder") if name in options}
+    with tifffile.TiffWriter(file, **of_file) as writer:
+        for page in pages:
+            writer.write(page, **options)
     return file.getvalue()
 
 
-def _png_of_size(width: int, height: int) -> bytes:
+def png_of_size(width: int, height: int) -> bytes:
     """Write the head of a PNG that claims a size and holds next to nothing."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -70,7 +74,7 @@ def uploads() -> dict[str, tuple[bytes, str | None]]:
     palette.info["transparency"] = 0
     frames = [Image.fromarray(np.roll(image, shift, 0)) for shift in (0, 20)]
     png, jpeg, floats = encoded(image, "PNG"), encoded(image, "JPEG", quality=95), image.astype(np.float32) / 255
-    rgba = np.dstack([colour, np.zeros((78, 78), np.uint8)])
+    hidden = np.dstack([colour, np.zeros((78, 78), np.uint8)])
     no_number = floats.copy()
     no_number[10:20] = np.nan
     return {
@@ -94,8 +98,9 @@ def uploads() -> dict[str, tuple[bytes, str | None]]:
         "sound.wav": (b"RIFF\x24\0\0\0WAVEfmt " + bytes(40), "not an image"),
         "film.mp4": (b"\0\0\0\x18ftypmp42" + bytes(200), "not an image"),
         "animated.gif": (encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "GIF"),
-        "bomb.png": (_png_of_size(30_000, 30_000), "50,000,000 pixels"),
-        "endless.png": (_png_of_size(2_000_000_000, 2_000_000_000), "50,000,000 pixels"),
+        "slide.czi": (b"ZISRAWFILE" + bytes(200), "CZI"),
+        "bomb.png": (png_of_size(30_000, 30_000), "50,000,000 pixels"),
+        "endless.png": (png_of_size(2_000_000_000, 2_000_000_000), "50,000,000 pixels"),
         "dot.png": (encoded(image[:1, :1], "PNG"), "constant"),
         "line.png": (encoded(np.tile(image[:1], (1, 257))[:, :20_000], "PNG"), None),
         "column.png": (encoded(np.tile(image[:1].T, (257, 1))[:20_000], "PNG"), None),
@@ -106,7 +111,7 @@ def uploads() -> dict[str, tuple[bytes, str | None]]:
         "inverted.png": (encoded(255 - image, "PNG"), None),
         "cmyk.jpg": (encoded(Image.fromarray(colour).convert("CMYK"), "JPEG", quality=95), None),
         "palette.png": (encoded(palette, "PNG", transparency=0), None),
-        "transparent.png": (encoded(rgba, "PNG"), "constant"),
+        "transparent.png": (encoded(hidden, "PNG"), None),
         "animated.webp": (encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True), None),
         "pages.tif": (tiff(np.stack([image, np.roll(image, 20, 0)])), None),
         "rotated.jpg": (_rotated_by_exif(), None),
