@@ -212,7 +212,7 @@ def _signal(sample: np.ndarray, coloured: bool) -> np.ndarray:
     kept = np.ones(sample.shape[1:], bool)
     if coloured:  # white is a scale bar or a label, and in every channel; with its seam in JPEG it is left out
         white = maximum_filter(sample.min(0) > 0.8 * sample.max(), 17)
-        kept = ~white if white.mean() < 0.1 else kept
+        kept = ~white if white.mean() < 0.9 else kept
     low, high = np.quantile(smooth[:, kept], [0.01, 0.999], axis=1)
     noise = np.median(abs(np.diff(sample, axis=2)), axis=(1, 2)) if sample.shape[2] > 1 else 0
     stands_out = high - low > 3 * noise
