@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             result[f"plain, threads: {threads}"] = measure(answers, weights.revision, Path(folder), start)
         for actors in dict.fromkeys((1, arguments.actors)):
             start = time.perf_counter()
-            answers = classify_on_ray(files, weights, name=arguments.weights, actors=actors)
+            answers = classify_on_ray(files, weights=arguments.weights, actors=actors)
             result[f"Ray, actors: {actors}"] = measure(answers, weights.revision, Path(folder), start)
     if arguments.fields:
         torch.set_num_threads(1)

@@ -37,10 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        hint = "give --output TABLE.csv, and the same command goes on where it was stopped"
-        if getattr(arguments, "output", None):
-            hint = "give the same command again, and it goes on"
-        _say(f"stopped; {hint if arguments.command == 'classify' else 'nothing was written'}")
+        kept = arguments.command == "classify" and arguments.output
+        _say("stopped; the same command goes on from here" if kept else "stopped; nothing was kept")
         return STOPPED
     except BrokenPipeError:  # who reads the output has seen enough, as `head` has; what is left would fail at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,10 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     classify.set_defaults(run=_classify)
 
     specimen = commands.add_parser("specimen", help="find and classify the cells in the slide fields of one specimen")
-    specimen.add_argument(
-        "images", nargs="+", metavar="FIELD", help="image of many cells, folder of such, or - (stdin)"
-    )
-    specimen.add_argument("--pixel-size", type=_micrometres, metavar="MICROMETRES", help="default: from file or nuclei")
+    specimen.add_argument("images", nargs="+", metavar="FIELD", help="image of many cells, folder, or - (stdin)")
+    specimen.add_argument("--pixel-size", type=float, metavar="MICROMETRES", help="default: from file or nuclei")
     specimen.add_argument("--overlay", type=Path, metavar="PNG", help="draw the cells into the field, or the fields")
     _add_common(specimen, json="one JSON object, with every cell", csv="a table with a line for each cell")
     specimen.set_defaults(run=_specimen)
@@ -115,12 +111,6 @@ def _natural(text: str) -> int:
     return int(text)
 
 
-def _micrometres(text: str) -> float:
-    with suppress(ValueError):
-        return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is given: give micrometres a pixel as a number, such as 0.16")
-
-
 def _say(message: object) -> None:
     print(f"hep2: {message}", file=sys.stderr)
 
@@ -133,7 +123,7 @@ def _source(name: str) -> "ImageSource":
     return Path(name)
 
 
-def _plane(arguments: argparse.Namespace) -> dict[str, str | int | None]:
+def _options(arguments: argparse.Namespace) -> dict[str, str | int | None]:
     channel = arguments.channel
     return {"channel": int(channel) if channel and channel.isdecimal() else channel, "plane": arguments.plane}
 
@@ -169,9 +159,8 @@ def _classify(arguments: argparse.Namespace) -> int:
         sources, total = ((file.name, file.image) for file in dataset_files(dataset)), count_cells(dataset)
     from hep2.predictor import Failure, Predictor
 
-    weights, counts = _find_weights(arguments.weights), Counter()
+    weights, counts, table = _find_weights(arguments.weights), Counter(), Table(set(), sys.stdout)
     with ExitStack() as stack:
-        table = Table(set(), sys.stdout, is_csv=True)
         if output:
             table = stack.enter_context(open_table(output, weights.revision))
         elif arguments.csv:
@@ -179,27 +168,25 @@ def _classify(arguments: argparse.Namespace) -> int:
             table.add(COLUMNS)
         missing = (pair for pair in sources if not table.has(pair[0]))
         if arguments.ray is None:
-            answers = Predictor(weights).classify(missing, **_plane(arguments))
+            answers = Predictor(weights).classify(missing, **_options(arguments))
         else:
-            answers = classify_on_ray(
-                missing, weights, name=arguments.weights, address=arguments.ray or None, **_plane(arguments)
-            )
-        failures = [Failure(*failure) for failure in found.errors.items()]
+            where = {"weights": arguments.weights, "address": arguments.ray or None}
+            answers = classify_on_ray(missing, **where, **_options(arguments))
         bar = stack.enter_context(tqdm(unit=" cells", total=total, initial=len(table.done), disable=not output))
-        for answer in chain(failures, answers):
+        for answer in chain((Failure(*error) for error in found.errors.items()), answers):
             failed = isinstance(answer, Failure)
             counts[failed] += 1
+            bar.update()
+            if failed and not output:
+                _say(f"{answer.file}: {answer.error}")
             if output or arguments.csv:
                 table.add(table_row(answer, weights.revision))
             elif arguments.json:
                 print(json.dumps(answer.as_dict(), ensure_ascii=False), flush=True)
             elif not failed:
                 _print_prediction(answer)
-            if failed and not output:
-                _say(f"{answer.file}: {answer.error}")
-            bar.update()
-    where = f", in {output}, whose column error says why" if output else ""
-    _say(found.summary(len(table.done) + counts[False], counts[True], "answered all the same") + where)
+    summary = found.summary(len(table.done) + counts[False], counts[True], "answered all the same")
+    _say(summary + (f", in {output}, whose column error says why" if output else ""))
     return int(counts[True] > 0)
 
 
@@ -219,19 +206,19 @@ def _specimen(arguments: argparse.Namespace) -> int:
     from hep2.fields import check_pixel_size, draw_overlay, specimen_rows
     from hep2.files import check_writable, find_images, own_picture
     from hep2.images import decode
-    from hep2.predictor import Predictor
+    from hep2.predictor import Failure, Predictor
     from hep2.tables import BYTE_ORDER_MARK, harmless
 
     check_pixel_size(arguments.pixel_size)
     found, fields = find_images(arguments.images), []
-    failures = dict(found.errors)
+    failures = [Failure(*error) for error in found.errors.items()]
     for name in (name for name in found.names if name not in found.copies):
         try:
-            fields.append((name, decode(_source(name), **_plane(arguments))))
+            fields.append((name, decode(_source(name), **_options(arguments))))
         except (ValueError, OSError) as error:
-            failures[name] = str(error)
-    for name, error in failures.items():
-        _say(f"{name}: {error}")
+            failures.append(Failure(name, str(error)))
+    for failure in failures:
+        _say(f"{failure.file}: {failure.error}")
     _say(found.summary(len(fields), len(failures), "left out"))
     if not fields:
         return 1
@@ -246,8 +233,8 @@ def _specimen(arguments: argparse.Namespace) -> int:
     if failures:
         specimen.warnings.append(f"{len(failures)} of the fields could not be read: the verdict rests on the others")
     if arguments.json:
-        unread = [{"file": name, "error": error} for name, error in failures.items()]
-        print(json.dumps(specimen.as_dict() | {"failures": unread}, ensure_ascii=False))
+        answer = specimen.as_dict() | {"failures": [failure.as_dict() for failure in failures]}
+        print(json.dumps(answer, ensure_ascii=False))
     elif arguments.csv:
         print(end=BYTE_ORDER_MARK)
         csv.writer(sys.stdout, lineterminator="\n").writerows(map(harmless, specimen_rows(specimen)))
@@ -256,8 +243,7 @@ def _specimen(arguments: argparse.Namespace) -> int:
     else:
         _print_specimen(specimen)
     for number, path in enumerate(overlays):
-        picture = draw_overlay(specimen, fields[number][1].intensity, number)
-        picture.save(path, "PNG", pnginfo=own_picture())
+        draw_overlay(specimen, fields[number][1].intensity, number).save(path, "PNG", pnginfo=own_picture())
     return int(bool(failures))
 
 

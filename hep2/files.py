@@ -1,4 +1,4 @@
-"""Files that a command names: the images in its folders, but none that people don't mean; places that it will write."""
+"""The image files that a command names, but none that people don't mean; and the places that it will write to."""
 
 import hashlib
 import os
@@ -22,11 +22,8 @@ READERS = 16  # threads: on network storage a file takes milliseconds of waiting
 
 @dataclass
 class Found:
-    """What a search has found.
-
-    `names` are the images, in order; `copies` says of some which earlier one has the same content; `errors` are the
-    folders that cannot be read, and why; `left_out` counts what else was there, by reason.
-    """
+    """Images, in order; which of them have the content of an earlier one; folders that could not be read, and why; and
+    how many other files were left out, by reason."""
 
     names: list[str] = field(default_factory=list)
     copies: dict[str, str] = field(default_factory=dict)
@@ -37,8 +34,7 @@ class Found:
         """Say how many images were read, how many were not, and why; `fate` tells what became of the copies."""
         parts = [f"{read:,} read"] + [f"{failed:,} could not be read"] * (failed > 0)
         parts += [f"{count:,} left out ({reason})" for reason, count in self.left_out.items() if count]
-        if self.copies:
-            copy, original = next(iter(self.copies.items()))
+        for copy, original in list(self.copies.items())[:1]:
             parts.append(f"{len(self.copies):,} with the content of another {fate} ({copy} has that of {original})")
         return ", ".join(parts)
 
@@ -47,13 +43,12 @@ def find_images(paths: Iterable[str]) -> Found:
     """Find the images that paths name: files, folders however deep, and patterns that no shell has replaced.
 
     Left out are hidden files and folders, files of other kinds, pictures that this package has drawn, and what is named
-    twice. Linked folders are followed, and each folder is searched once. ``-`` stands for itself.
+    twice. Linked folders are followed, and each folder is searched once.
     """
-    found, searched = Found(), set()
+    found, searched, first = Found(), set(), {}
     listed = [name for path in paths for name in _list(path, found, searched)]
     names = list(dict.fromkeys(listed))
     found.left_out["named twice"] = len(listed) - len(names)
-    first = {}
     with ThreadPoolExecutor(READERS) as threads:
         for name, content in zip(names, threads.map(_content, names), strict=True):
             if content == OWN_PICTURE:
@@ -68,15 +63,16 @@ def find_images(paths: Iterable[str]) -> Found:
 def _list(path: str, found: Found, searched: set[tuple[int, int]]) -> list[str]:
     if not os.path.isdir(path):  # noqa: PTH112 (Path.is_dir fails for a name that is too long)
         return [path] if os.path.lexists(path) else sorted(glob(path)) or [path]  # noqa: PTH207 (it takes whole paths)
-    names, again, failed = [], found.left_out["folders met again"], len(found.errors)
 
-    def note(error: OSError) -> None:
+    def unreadable(error: OSError) -> None:
         found.errors[error.filename] = f"this folder cannot be read: {error.strerror}"
 
-    for folder, folders, files in os.walk(path, followlinks=True, onerror=note):
+    names, empty = [], True
+    for folder, folders, files in os.walk(path, followlinks=True, onerror=unreadable):
         status = Path(folder).stat()
         if (status.st_dev, status.st_ino) in searched:
             found.left_out["folders met again"] += 1
+            empty = False
             folders.clear()
             continue
         searched.add((status.st_dev, status.st_ino))
@@ -87,21 +83,21 @@ def _list(path: str, found: Found, searched: set[tuple[int, int]]) -> list[str]:
                 found.left_out[place.suffix.lower() or "without suffix"] += 1
             else:  # or a link that leads nowhere, which may have led to a folder of images
                 names.append(str(place))
-    if not names and (again, failed) == (found.left_out["folders met again"], len(found.errors)):
+    if empty and not names and path not in found.errors:
         found.errors[path] = f"there is no image in this folder: none ends in {', '.join(SUFFIXES)}"
     return names
 
 
 def _content(name: str) -> str | None:
-    """Return `OWN_PICTURE`, or a digest of what a file holds, or None for one that holds nothing yet."""
-    if not os.path.isfile(name):  # noqa: PTH113 (as above)
-        return None
-    with suppress(OSError), open(name, "rb") as file:
-        if f"Software\0{OWN_PICTURE}".encode() in file.read(HEAD):
-            return OWN_PICTURE
-        file.seek(0)
-        return hashlib.file_digest(file, "sha256").hexdigest()
-    return None  # its decoding says what is wrong
+    """Return `OWN_PICTURE`, or a digest of a file's content, or None where there is none, as decoding will tell."""
+    with suppress(OSError):
+        if Path(name).is_file():
+            with open(name, "rb") as file:
+                if f"Software\0{OWN_PICTURE}".encode() in file.read(HEAD):
+                    return OWN_PICTURE
+                file.seek(0)
+                return hashlib.file_digest(file, "sha256").hexdigest()
+    return None
 
 
 def own_picture() -> PngInfo:
@@ -112,19 +108,12 @@ def own_picture() -> PngInfo:
 
 
 def check_writable(path: Path) -> None:
-    """Make a file's folder, and find out before the work whether the file can be written after it.
-
-    Raises
-    ------
-    OSError
-        If it cannot.
-    """
+    """Make a file's folder, and raise OSError before the work if the file could not be written after it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists()
-        with open(path, "ab"):
-            pass
-        if is_new:
+        existed = path.exists()
+        path.open("ab").close()
+        if not existed:
             path.unlink()
     except OSError as error:
         raise OSError(f"{path} cannot be written ({error.strerror}): give another place") from error

@@ -6,12 +6,11 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-import numpy as np
 import pyarrow
 from pyarrow import csv as arrow_csv
 from pyarrow import parquet
@@ -21,7 +20,6 @@ from hep2.images import Cell, ImageSource, load_cell
 from hep2.patterns import CLASS_NAMES, MODEL_TITLES
 
 if TYPE_CHECKING:
-    from hep2.checkpoints import Weights
     from hep2.predictor import Failure, Prediction
 
 NUMBERS = [f"{model}_{name}" for model in MODEL_TITLES for name in CLASS_NAMES]
@@ -31,17 +29,21 @@ SCHEMA = pyarrow.schema((column, TYPES.get(column, pyarrow.string())) for column
 BYTE_ORDER_MARK = "\ufeff"  # without which Excel takes UTF-8 for something else
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the beginning of a formula
 RAY_BLOCK = 256  # images that a task decodes, and an actor predicts, at a time
-NO_PIXELS = np.empty((1, 0, 0), np.float32)  # of a cell that is predicted: its own need not travel
 CORE_SHARE = 0.9  # of a core that a predicting actor has where there is no GPU; decoding has the rest
 
 
 def table_row(answer: "Prediction | Failure", revision: str) -> list:
-    """Lay out an answer of the weights of this revision in `COLUMNS`; what a failure lacks is left empty."""
+    """Lay out an answer in `COLUMNS`; what a failure lacks is left empty, and `revision` is that of its weights."""
     values = answer.as_dict()
     models = values.get("models", {})
     numbers = [models.get(model, {}).get(name) for model in MODEL_TITLES for name in CLASS_NAMES]
     first = [values.get(column) for column in COLUMNS[:4]]
-    return [*first, *numbers, "; ".join(values.get("warnings", [])), values.get("error"), revision]
+    last = [
+        "; ".join(values.get("warnings", [])),
+        values.get("error"),
+        values.get("weights", {}).get("revision", revision),
+    ]
+    return [*first, *numbers, *last]
 
 
 def harmless(row: Iterable) -> list:
@@ -55,21 +57,23 @@ class Table:
 
     done: set[str]
     file: TextIO
-    is_csv: bool
+    is_csv: bool = True
 
     def has(self, name: str) -> bool:
+        """Tell whether a file has its row already."""
         return self._clean([name])[0] in self.done
 
     def add(self, row: list) -> None:
+        """Write one row, a line."""
         csv.writer(self.file, lineterminator="\n").writerow(self._clean(row))
 
     def _clean(self, row: list) -> list:
-        """Make texts valid UTF-8 of one line, which a file's name need not be, and in a CSV file no formulas."""
         row = [_one_line(value) if isinstance(value, str) else value for value in row]
         return harmless(row) if self.is_csv else row
 
 
 def _one_line(text: str) -> str:
+    """Return a text as valid UTF-8 in one line, which a file's name need not be."""
     text = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
     return text.replace("\r", "\\r").replace("\n", "\\n")
 
@@ -81,10 +85,8 @@ def check_table(path: Path) -> Path:
     """
     if path.suffix not in (".csv", ".parquet"):
         raise ValueError(f"{path} is no name of a table: give one that ends in .csv or .parquet")
-    growing = path if path.suffix == ".csv" else path.with_name(f".{path.name}.csv")
     check_writable(path)
-    check_writable(growing)
-    return growing
+    return path if path.suffix == ".csv" else path.with_name(f".{path.name}.csv")
 
 
 @contextmanager
@@ -96,95 +98,78 @@ def open_table(path: Path, revision: str) -> Iterator[Table]:
     ValueError
         If another process is writing the table, it is none of ours, or it was begun with other weights.
     """
-    growing = check_table(path)
-    fresh, done = path.with_name(f".{path.name}.part"), set()
+    growing, fresh, done = check_table(path), path.with_name(f".{path.name}.part"), set()
     with locked(path):
         try:
-            if growing != path and path.exists() and not growing.exists():
-                arrow_csv.write_csv(_parquet(path), growing)
             with open(fresh, "w", newline="", encoding="utf-8-sig") as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                writer.writeheader()
-                for row in _rows(growing, revision):
-                    if not row["error"] and row["file"] not in done:
-                        done.add(row["file"])
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(COLUMNS)
+                for row in _rows(growing if growing.exists() else path):
+                    name, error, weights = (row[COLUMNS.index(column)] for column in ("file", "error", "revision"))
+                    if weights != revision:
+                        raise ValueError(
+                            f"{path} was begun with weights of the revision {weights}, these are {revision}: give "
+                            "another --output, or delete it"
+                        )
+                    if not error and name not in done:
+                        done.add(name)
                         writer.writerow(row)
             fresh.replace(growing)
             with open(growing, "a", buffering=1, newline="", encoding="utf-8") as file:
                 yield Table(done, file, is_csv=growing == path)
             if growing != path:
-                _write_parquet(growing, fresh)
+                options = arrow_csv.ConvertOptions(column_types=SCHEMA, strings_can_be_null=True, null_values=[""])
+                parquet.write_table(arrow_csv.read_csv(growing, convert_options=options), fresh)
                 fresh.replace(path)
                 growing.unlink()
         finally:
             fresh.unlink(missing_ok=True)
 
 
-def _parquet(path: Path) -> pyarrow.Table:
-    try:
-        table = parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise _not_ours(path) from error
-    if table.column_names != COLUMNS:
-        raise _not_ours(path)
-    return table
-
-
-def _write_parquet(rows: Path, path: Path) -> None:
-    options = arrow_csv.ConvertOptions(column_types=SCHEMA, strings_can_be_null=True, null_values=[""])
-    with arrow_csv.open_csv(rows, convert_options=options) as batches, parquet.ParquetWriter(path, SCHEMA) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-
-
-def _not_ours(path: Path) -> ValueError:
-    return ValueError(f"{path} is no table of this command's answers: give another --output")
-
-
-def _rows(path: Path, revision: str) -> Iterator[dict[str, str]]:
+def _rows(path: Path) -> Iterator[list]:
     """Yield the rows of a table, but for one that a kill has torn."""
+    foreign = ValueError(f"{path} is no table of this command's answers: give another --output")
     if not path.exists() or not path.stat().st_size:
+        return
+    if path.suffix == ".parquet":
+        try:
+            table = parquet.read_table(path)
+        except pyarrow.ArrowInvalid as error:
+            raise foreign from error
+        if table.column_names != COLUMNS:
+            raise foreign
+        yield from (list(row.values()) for batch in table.to_batches() for row in batch.to_pylist())
         return
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         if next(csv.reader([file.readline()])) != COLUMNS:
-            raise _not_ours(path)
+            raise foreign
         for line in file:
             row = next(csv.reader([line]), [])
-            if len(row) != len(COLUMNS) or not line.endswith("\n"):
-                continue
-            if row[-1] != revision:
-                raise ValueError(
-                    f"{path} was begun with weights of the revision {row[-1]}, these are {revision}: give another "
-                    "--output, or delete it"
-                )
-            yield dict(zip(COLUMNS, row, strict=True))
+            if len(row) == len(COLUMNS) and line.endswith("\n"):
+                yield row
 
 
 def classify_on_ray(
     sources: Iterable[tuple[str, ImageSource]],
-    weights: "Weights",
     *,
-    name: str | None = None,
+    weights: str | None = None,
     address: str | None = None,
     actors: int | None = None,
     channel: str | int | None = None,
     plane: int | None = None,
 ) -> Iterator["Prediction | Failure"]:
-    """Classify (name, image) pairs on a Ray cluster, in order.
-
-    Tasks decode the images, and actors, which hold the models, predict. An actor that dies is started again, and gets
-    its images again.
+    """Classify (name, image) pairs on a Ray cluster, in order; an actor that dies is started again with its images.
 
     Parameters
     ----------
     sources
         Paths that every machine of the cluster can read, or bytes or arrays, which travel.
-    weights, name
-        The weights, and the name by which each machine loads them.
+    weights
+        As `hep2.load` takes them: each machine loads them itself.
     address
         Of the cluster; None joins the one that ``RAY_ADDRESS`` names, or starts one on this machine.
     actors
-        How many; None is one a GPU, or where there is none, one a core.
+        How many hold the models and predict; None is one a GPU, or where there is none, one a core.
 
     Raises
     ------
@@ -214,11 +199,8 @@ def classify_on_ray(
             decoding, predicting = {"num_cpus": 1}, {"num_cpus": 0, "num_gpus": 1}
         pool = ray.data.ActorPoolStrategy(size=min(actors or gpus or cores, len(blocks)))
         whole = {"batch_format": "pyarrow", "batch_size": None}
-        answers = (
-            ray.data.from_arrow(blocks)
-            .map_batches(_decode, fn_args=(channel, plane), **whole, **decoding)
-            .map_batches(_Actor, fn_constructor_args=(name, weights.revision), compute=pool, **whole, **predicting)
-        )
+        decoded = ray.data.from_arrow(blocks).map_batches(_decode, fn_args=(channel, plane), **whole, **decoding)
+        answers = decoded.map_batches(_Actor, fn_constructor_args=(weights,), compute=pool, **whole, **predicting)
         for batch in answers.iter_batches(**whole):
             yield from map(pickle.loads, batch["item"].to_pylist())
     except ray.exceptions.RayError as error:
@@ -239,22 +221,15 @@ def _decode(items: pyarrow.Table, channel: str | int | None, plane: int | None) 
 
 
 class _Actor:
-    """Turns what `_decode` gives into answers, whose pixels are left out: they need not travel."""
+    """Turns what `_decode` gives into answers."""
 
-    def __init__(self, name: str | None, revision: str) -> None:
+    def __init__(self, weights: str | None) -> None:
         from hep2.predictor import Failure, load
 
-        self.failure, self.predictor = Failure, load(name)
-        if (own := self.predictor.weights.revision) != revision:
-            raise ValueError(f"a machine of the cluster has weights of the revision {own}, expected {revision}")
+        self.failure, self.predictor = Failure, load(weights)
 
     def __call__(self, items: pyarrow.Table) -> pyarrow.Table:
         decoded = list(map(pickle.loads, items["item"].to_pylist()))
         predictions = iter(self.predictor.classify_cells([pair for pair in decoded if isinstance(pair[1], Cell)]))
-        answers = [
-            replace(next(predictions), cell=replace(cell, pixels=NO_PIXELS))
-            if isinstance(cell, Cell)
-            else self.failure(name, cell)
-            for name, cell in decoded
-        ]
+        answers = (next(predictions) if isinstance(cell, Cell) else self.failure(name, cell) for name, cell in decoded)
         return pyarrow.table({"item": list(map(pickle.dumps, answers))})

@@ -211,7 +211,7 @@ def test_an_interruption_ends_in_one_line_that_says_how_to_go_on(untrained, tmp_
         process.send_signal(signal.SIGINT)
         error = process.stderr.read()
     assert process.returncode == 130
-    assert error.splitlines()[-1] == "hep2: stopped; give the same command again, and it goes on"
+    assert error.splitlines()[-1] == "hep2: stopped; the same command goes on from here"
     assert "Traceback" not in error
     assert len(rows_of(table.read_text())) >= 1
 
@@ -280,7 +280,7 @@ def test_specimen_knows_before_the_work_that_an_overlay_cannot_be_written(field,
     for size in ("0.1um", "0,1"):
         with pytest.raises(SystemExit):
             main(["specimen", str(field), "--pixel-size", size])
-        assert f"'{size}' is given: give micrometres a pixel as a number" in capsys.readouterr().err
+        assert f"argument --pixel-size: invalid float value: '{size}'" in capsys.readouterr().err
     assert main(["specimen", str(field), "--pixel-size", "5"]) == 1
     assert "the pixel size is 5.0" in capsys.readouterr().err
 
