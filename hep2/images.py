@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from scipy.ndimage import maximum_filter, uniform_filter
+from scipy.ndimage import maximum_filter
 
 from hep2.formats import (
     COLOURS,
@@ -38,8 +38,9 @@ MOST_CLIPPED = 0.05  # share of the pixels at the brightest value; published cel
 # this; blurred by a pixel, 98 of 100 have. tests/test_real_cells.py holds both.
 LEAST_DETAIL = -2.8
 # Share of the strongest colour's light that is signal in another: JPEG, always of 8 bits, leaks up to so much.
-LEAST_SIGNAL, LEAST_SIGNAL_DEEP = 0.12, 0.01
-ENOUGH_PIXELS = 250_000  # to tell which channel holds the stain: of a larger image, one pixel in so many is asked
+LEAST_SIGNAL, LEAST_SIGNAL_DEEP = 0.15, 0.01
+LEAST_CONTRAST = 10  # times the noise, that is the median difference of neighbours; alone it reaches 6, stains 25
+ENOUGH_PIXELS = 100_000  # to tell which channel holds the stain: of a larger image, one pixel in so many is asked
 
 # Travels with the weights: weights made under other settings refuse to load.
 PREPROCESSING = {
@@ -179,10 +180,12 @@ def _stain(light: np.ndarray, opacity: np.ndarray | None, layers: Layers, warnin
     if count == 1:
         return 0
     step = math.ceil(math.sqrt(light[0].size / ENOUGH_PIXELS))
-    sample = light[:, ::step, ::step].astype(np.float32)  # (channels, rows, columns)
+    sample = np.nan_to_num(light[:, ::step, ::step].astype(np.float32), posinf=0, neginf=0)  # (channels, rows, columns)
+    beside = light[:, ::step, 1::step].astype(np.float32)
+    noise = np.median(abs(beside - sample[..., : beside.shape[2]]), axis=(1, 2)) if beside.size else 0
     if opacity is not None and opacity.any() and not layers.premultiplied:
         sample *= opacity[::step, ::step]
-    signal = _signal(np.nan_to_num(sample, posinf=0, neginf=0), coloured)
+    signal = _signal(sample, noise, coloured)
     names = layers.names or ("",) * count
     wanted = [0 if NO_STAIN.search(name) else 2 if STAIN.search(name) else 1 for name in names]
     least = 0.0
@@ -206,16 +209,14 @@ def _stain(light: np.ndarray, opacity: np.ndarray | None, layers: Layers, warnin
     return best
 
 
-def _signal(sample: np.ndarray, coloured: bool) -> np.ndarray:
+def _signal(sample: np.ndarray, noise: np.ndarray | float, coloured: bool) -> np.ndarray:
     """Measure how far the light of each channel (channels, rows, columns) stands out, 0 if no further than noise."""
-    smooth = uniform_filter(sample, (0, 3, 3))
     kept = np.ones(sample.shape[1:], bool)
     if coloured:  # white is a scale bar or a label, and in every channel; with its seam in JPEG it is left out
         white = maximum_filter(sample.min(0) > 0.8 * sample.max(), 17)
         kept = ~white if white.mean() < 0.9 else kept
-    low, high = np.quantile(smooth[:, kept], [0.01, 0.999], axis=1)
-    noise = np.median(abs(np.diff(sample, axis=2)), axis=(1, 2)) if sample.shape[2] > 1 else 0
-    stands_out = high - low > 3 * noise
+    low, high = np.quantile(sample[:, kept], [0.01, 0.999], axis=1)
+    stands_out = high - low > LEAST_CONTRAST * noise
     if not coloured:
         stands_out &= [len(np.unique(channel)) > 2 for channel in sample]  # a mask is no light
     return np.where(stands_out, high - low, 0)
@@ -223,9 +224,11 @@ def _signal(sample: np.ndarray, coloured: bool) -> np.ndarray:
 
 def _is_another(sample: np.ndarray, signal: np.ndarray, best: int, other: int) -> bool:
     """Tell the light of another stain from the hue of the one that was read."""
-    if signal[other] <= 0.25 * signal[best]:
+    low, high = np.quantile(sample[[best, other]], [0.01, 0.99], axis=(1, 2))
+    spread, spread_of_other = high - low
+    if spread_of_other <= 0.25 * spread or signal[other] == 0:
         return False
-    return signal[other] > signal[best] or np.corrcoef(sample[best].ravel(), sample[other].ravel())[0, 1] < 0.9
+    return spread_of_other > spread or np.corrcoef(sample[best].ravel(), sample[other].ravel())[0, 1] < 0.9
 
 
 def _sharpness(plane: np.ndarray) -> float:
