@@ -18,7 +18,7 @@ ENDPOINTS = ("classify", "classify_batch", "explain", "specimen", "models")
 NO_IMAGE = "no image came; give one: PNG, JPEG, TIFF, BMP or WebP"
 FITTING = (
     "an image is a data URI or base64 text, or a file that was uploaded to /gradio_api/upload before, as handle_file "
-    "of gradio_client does; no other paths, and no addresses; uploads are deleted within the hour: after it, give it again"
+    "of gradio_client does; no other paths, and no addresses; uploads are deleted within the hour: give it again then"
 )
 FOLDER = "GRADIO_TEMP_DIR"  # where Gradio looks up its folder for uploads and downloads
 PREFIX = "hep2-uploads-"

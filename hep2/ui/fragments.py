@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import count
 
 import matplotlib
 import numpy as np
@@ -22,6 +23,7 @@ from hep2.predictor import Explanation, Failure, Prediction
 COLOURS = {pattern.name: pattern.colour for pattern in PATTERNS} | {"rejected": "#8B93A1", "mitotic": "#FF0000"}
 NO_VERDICT = "No verdict"
 PREVIEW, FIELD_PREVIEW = 320, 1200  # largest side of a picture, in pixels
+STAMPS = count()
 MAX_ROWS = 300  # predictions, or cells of a specimen, that are shown one by one
 SOURCES = "https://huggingface.co/datasets/" + DEFAULT_DATASET
 
@@ -40,6 +42,12 @@ def stretched(intensity: np.ndarray, quantiles: tuple[float, float] = (0, 1)) ->
     """Map an image (rows, columns) of any range to [0, 1]."""
     low, high = np.quantile(intensity[:: 1 + len(intensity) // 1000], quantiles)
     return (intensity - low) / max(float(high - low), 1e-9)
+
+
+def _section(body: str, said: str, kind: str = "", label: str = "Result") -> str:
+    # The stamp tells an answer from the one before, where both are alike.
+    about = f'data-said="{escape(said)}" data-stamp="{next(STAMPS)}" aria-label="{escape(label)}"'
+    return f'<section class="reading {kind}" {about}>{body}</section>'
 
 
 def percent(probability: float) -> str:
@@ -111,9 +119,7 @@ def verdict_html(explanation: Explanation, decoded: Decoded, truth: str = "") ->
         f"<figcaption>{MODEL_TITLES[name]}</figcaption></figure>"
         for name, values in explanation.maps.items()
     )
-    return f"""
-<section class="reading{" rejected" if prediction.rejected else ""}" data-said="{escape(said)}"
-  aria-label="Prediction for {escape(prediction.file)}">
+    body = f"""
   <div class="card" style="--colour:{COLOURS.get(verdict, COLOURS["rejected"])}">
     <figure><img src="{image_uri(stretched(decoded.intensity), largest=PREVIEW)}" alt="The image as it came, {rows} by
       {columns} pixels"><figcaption>Original</figcaption></figure>
@@ -127,8 +133,9 @@ def verdict_html(explanation: Explanation, decoded: Decoded, truth: str = "") ->
   <details class="maps"><summary>Saliency maps: what spoke for each model's answer</summary>
     <div class="models four">{maps}</div><p class="small">Bright spoke for the class. CNN and ResCNN: class activation.
     ViT: Grad-CAM of its last layer. Stack ensemble: the mean of CNN and ViT.</p></details>
-  <p><button type="button" class="copy" data-copy="{escape(json.dumps(prediction.as_dict()))}">Copy as JSON</button></p>
-</section>"""
+  <p><button type="button" class="copy" data-copy="{escape(json.dumps(prediction.as_dict()))}">Copy as JSON</button>
+  </p>"""
+    return _section(body, said, "rejected" * prediction.rejected, f"Prediction for {prediction.file}")
 
 
 def meaning_html(verdict: str) -> str:
@@ -143,16 +150,15 @@ mapping from class to family is ours. A pattern is not a diagnosis.</dd></dl>"""
 def message_html(title: str, text: str, file: str = "", kind: str = "failed", button: str = "") -> str:
     """Show a failure, or what to do in place of a prediction."""
     action = f'<p><button type="button" class="copy" data-click="field">{button}</button></p>' if button else ""
-    return f"""<section class="reading {kind}" data-said="{escape(title)}"><div class="card"><div>
-<p class="file">{escape(file)}</p><h2 class="name">{escape(title)}</h2><p>{escape(text)}</p>{action}</div></div>
-</section>"""
+    body = f"""<div class="card"><div><p class="file">{escape(file)}</p><h2 class="name">{escape(title)}</h2>
+<p>{escape(text)}</p>{action}</div></div>"""
+    return _section(body, title, kind)
 
 
 def progress_html(words: str, share: float | None = None) -> str:
     """Show how far a job is."""
     value = "" if share is None else f' value="{share:.3f}"'
-    return f"""<section class="reading progress"><p>{escape(words)}</p>
-<progress aria-label="Progress"{value}></progress></section>"""
+    return _section(f'<p>{escape(words)}</p><progress aria-label="Progress"{value}></progress>', "", "progress")
 
 
 def counts_html(predictions: Sequence[Prediction | Failure]) -> str:
@@ -177,8 +183,8 @@ def table_html(predictions: Sequence[Prediction | Failure]) -> str:
     if len(rows) > MAX_ROWS:
         rows = sorted(rows, key=lambda one: not _doubtful(one))[:MAX_ROWS]
         cut = f"{MAX_ROWS} of {len(predictions):,}, doubtful ones first; the files have all. "
-    return f"""<section class="reading" data-said="{_count(predictions)}">
-<p class="small">{cut}A row opens to its bars.</p><div class="rows">{"".join(map(_row, rows))}</div></section>"""
+    body = f'<p class="small">{cut}A row opens to its bars.</p><div class="rows">{"".join(map(_row, rows))}</div>'
+    return _section(body, _count(predictions))
 
 
 def _doubtful(one: Prediction | Failure) -> bool:
@@ -188,14 +194,14 @@ def _doubtful(one: Prediction | Failure) -> bool:
 def _row(one: Prediction | Failure) -> str:
     kind = "doubtful" if _doubtful(one) else ""
     if isinstance(one, Failure):
-        return (
-            f'<p class="row failed {kind}"><i></i><b>{escape(one.file)}</b><span>Not read</span>{escape(one.error)}</p>'
-        )
+        parts = f"<i></i><b>{escape(one.file)}</b><span>Not read</span>{escape(one.error)}"
+        return f'<p class="row failed {kind}">{parts}</p>'
     source = image_uri(one.cell.pixels[0], "WEBP", quality=50)
     said = f"{percent(one.probability)}, {_agreement(one)}" if one.verdict else ""
     dot = f'<i class="dot" style="--colour:{COLOURS.get(one.verdict, COLOURS["rejected"])}"></i>'
     return f"""<details class="{kind}"><summary class="row">
-<img src="{source}" alt="" loading="lazy"><b>{escape(one.file)}</b><span>{dot}{one.verdict or NO_VERDICT}</span><span>{said} <em>{escape("; ".join(one.warnings))}</em></span></summary>
+<img src="{source}" alt="" loading="lazy"><b>{escape(one.file)}</b>
+<span>{dot}{one.verdict or NO_VERDICT}</span><span>{said} <em>{escape("; ".join(one.warnings))}</em></span></summary>
 <div class="models four">{_model_bars(one, MODELS)}</div></details>"""
 
 
@@ -220,15 +226,14 @@ def specimen_html(specimen: SpecimenPrediction, fields: Sequence[np.ndarray]) ->
     cards = "".join(_cell_card(specimen.cells[number]) for number in order[:MAX_ROWS])
     cut = f" ({MAX_ROWS} of {len(order)})" if len(order) > MAX_ROWS else ""
     said = verdict + ("" if specimen.probability is None else f", {specimen.probability:.1%}")
-    return f"""<section class="reading" data-said="{escape(said)}" aria-label="Prediction for the specimen">
-<div class="card" style="--colour:{COLOURS.get(verdict, COLOURS["rejected"])}"><div>{head}</div>
+    body = f"""<div class="card" style="--colour:{COLOURS.get(verdict, COLOURS["rejected"])}"><div>{head}</div>
 {_sentences(warnings, "doubt")}{meaning_html(verdict) if verdict in CLASS_NAMES else ""}</div>
 <div class="toggles" role="group" aria-label="Cells shown">{toggles}<label>Zoom <input type="range" min="1" max="6"
 step="0.5" value="1" data-zoom></label></div>
 <div class="beside"><div>{"".join(_field_picture(specimen, *one) for one in enumerate(fields))}</div>
 <div class="chosen"><p class="small">Point at a cell, or click it: its bars are shown here.</p></div></div>
-<details><summary>All cells, the most doubtful first{cut}</summary><div class="cards">{cards}</div></details>
-</section>"""
+<details><summary>All cells, the most doubtful first{cut}</summary><div class="cards">{cards}</div></details>"""
+    return _section(body, said, label="Prediction for the specimen")
 
 
 def _field_picture(specimen: SpecimenPrediction, number: int, field: np.ndarray) -> str:
@@ -242,8 +247,8 @@ def _field_picture(specimen: SpecimenPrediction, number: int, field: np.ndarray)
             row, column = cell.found.centre
             shapes += (
                 f'<a href="#cell-{cell.number}" data-cell="{_kind(cell)}" aria-label="Cell {cell.number}: '
-                f'{_said(cell)}"><polygon points="{points}" stroke="{colour_of(cell)}"/><text x="{column:.0f}" y="{row:.0f}" '
-                f'font-size="{size:.0f}">{cell.number}</text></a>'
+                f'{_said(cell)}"><polygon points="{points}" stroke="{colour_of(cell)}"/><text x="{column:.0f}" '
+                f'y="{row:.0f}" font-size="{size:.0f}">{cell.number}</text></a>'
             )
     source = image_uri(stretched(field, (0.01, 0.998)), "WEBP", FIELD_PREVIEW, quality=85)
     name = escape(specimen.files[number])
@@ -258,16 +263,16 @@ def _kind(cell: CellPrediction) -> str:
 
 def _said(cell: CellPrediction) -> str:
     verdict, probability = cell.prediction.verdict, cell.prediction.probability
-    return (f"{verdict} {probability:.0%}" if verdict else NO_VERDICT) + (
-        ", mitotic: not counted" if cell.mitotic else ""
-    )
+    said = f"{verdict} {probability:.0%}" if verdict else NO_VERDICT
+    return said + ", mitotic: not counted" * cell.mitotic
 
 
 def _cell_card(cell: CellPrediction) -> str:
     source = image_uri(cell.prediction.cell.pixels[0], "WEBP", quality=60)
     shares = dict(zip(CLASS_NAMES, map(float, cell.prediction.probabilities["ensemble"]), strict=True))
     return f"""<figure class="small-card" id="cell-{cell.number}" style="border-color:{colour_of(cell)}">
-<img class="cell" src="{source}" alt="Cell {cell.number}"><figcaption>{cell.number}: {_said(cell)}</figcaption>{_bars(shares)}</figure>"""
+<img class="cell" src="{source}" alt="Cell {cell.number}">
+<figcaption>{cell.number}: {_said(cell)}</figcaption>{_bars(shares)}</figure>"""
 
 
 def report_html(specimen: SpecimenPrediction, shown: str, style: str, date: str) -> str:
@@ -295,27 +300,19 @@ def models_html(weights: Weights) -> str:
         values = [part.get(name, {}).get(field) for part, field in parts]
         cells = "".join(f"<td>{'–' if value is None else format(value, '.3f')}</td>" for value in values)
         rows += f'<tr><th scope="row">{title}</th>{cells}<td>{REFERENCE_RESULTS[name]["accuracy"]:.2f}</td></tr>'
-    head = "".join(
-        f'<th scope="col">{text}</th>'
-        for text in (
-            "mean class accuracy",
-            "ECE",
-            "shifted cells",
-            "accuracy",
-            "mean class accuracy",
-            "ECE",
-            "accuracy",
-        )
-    )
+    shares = ["mean class accuracy", "ECE"]
+    columns = [*shares, "shifted cells", "accuracy", *shares, "accuracy"]
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     return f"""<section class="reading"><h2 class="name">{lead}</h2>
 <p>Held-out specimens: no cell of them was in the training, as with a new patient. Random split: other cells of the same
 specimens were. ECE is the expected calibration error. The reference is the course report that is re-implemented here.
 </p><div class="scroll" tabindex="0" role="group" aria-label="Results"><table><thead><tr><td></td>
-<th colspan="3" scope="colgroup">held-out specimens</th><th colspan="3" scope="colgroup">random split</th><th scope="colgroup">reference</th></tr>
-<tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>
+<th colspan="3" scope="colgroup">held-out specimens</th><th colspan="3" scope="colgroup">random split</th>
+<th scope="colgroup">reference</th></tr><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>
 <details><summary>Weights, recipe and seed</summary><p>{escape(weights.source)}, revision
-<code>{escape(weights.revision)}</code>; dataset {escape(str(training["dataset"]))}, recipe {escape(str(training["recipe"]))}, protocol
-{escape(str(training["protocol"]))}, seed {training["seed"]}. {escape(" ".join(weights.notes))}</p></details>
+<code>{escape(weights.revision)}</code>; dataset {escape(str(training["dataset"]))}, recipe
+{escape(str(training["recipe"]))}, protocol {escape(str(training["protocol"]))}, seed {training["seed"]}.
+{escape(" ".join(weights.notes))}</p></details>
 <p><a href="{SOURCES}" target="_blank" rel="noopener">Dataset</a> · <a href="{ICAP_URL}" target="_blank" rel="noopener">
 ICAP</a></p></section>"""
 

@@ -71,17 +71,20 @@
   });
   addEventListener("popstate", follow);
 
-  // Gradio draws a tab when it is opened first, and puts a new result in the place of the old one.
+  // Gradio draws a tab when it is opened first.
   new MutationObserver(() => {
     for (const section of document.querySelectorAll("[id$=-result] > * .reading, [id$=-result] > .reading")) {
       const box = section.closest("[id$=-result]");
-      if (box.shown === section) continue;
+      if (box.shown === section.dataset.stamp) continue;
       box.classList.remove("busy");
       if (section.dataset.said) said.textContent = section.dataset.said;
       if (find(".maps", section)) find(".maps", section).open = mapsOpen;
       if (innerWidth < 900 && box.shown) box.scrollIntoView({ behavior: "smooth" });
-      box.shown = section;
+      box.shown = section.dataset.stamp;
+      // Gradio changes what is there rather than to replace it: what was chosen for the last result would stay.
+      for (const toggle of section.querySelectorAll("[data-toggle]")) toggle.checked = true;
+      if (find("[data-zoom]", section)) find("[data-zoom]", section).value = 1;
     }
-  }).observe(document.body, { childList: true, subtree: true });
+  }).observe(document.body, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-stamp"] });
   if (location.search) follow();
 }
