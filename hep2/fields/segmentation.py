@@ -1,7 +1,8 @@
 """Finds the cells in a whole slide field: where they lie, how large their nuclei are, and a crop of each.
 
-Two searches. A stain in the nuclei makes bright, round regions: threshold, distance transform, watershed. A stain round
-the nuclei, as of the Golgi apparatus or of mitochondria, makes rings: they are looked for with a ring-shaped filter.
+A nucleus is what is round, of one size, and brighter or darker than what lies round it. So the field is cut at many
+levels of light, what comes out is taken apart where it touches, every piece is rated, and the best that do not overlap
+are kept. A stain that shows no nucleus at all, as a Golgi apparatus alone, is looked for with a ring-shaped filter.
 """
 
 from dataclasses import dataclass, field
@@ -10,27 +11,29 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 from scipy.signal import oaconvolve
-from skimage import feature, filters, measure, morphology, segmentation, transform
+from skimage import feature, measure, segmentation, transform
 
 from hep2.images import prepare
 from hep2.patterns import IMAGE_SIZE
 
-NUCLEUS_MICRONS = (6.0, 14.0)  # across, of HEp-2 nuclei: measured against the scale bars of eight fields, and some more
-NUCLEUS_IN_CROP = 63  # pixels across, of a typical nucleus in the 78 that the models were trained on, as outlined here
-WORKING = 32.0  # pixels across of a nucleus in the picture that is segmented: finer detail only costs time
-SMALLEST = 24.0  # pixels across of a nucleus in the field: below, there is no texture to read
+NUCLEUS_MICRONS = (6.0, 14.0)  # diameter of HEp-2 nuclei: measured against the scale bars of eight fields, and more
+NUCLEUS_IN_CROP = 63  # pixels, of a typical nucleus in the 78 that the models were trained on, as outlined here
+WORKING = 28.0  # pixels of a nucleus in the picture that is segmented: finer detail only costs time
+ESTIMATING = 16.0  # the same where only the size of the nuclei is looked for
+SMALLEST = 12.0  # pixels of a nucleus in the field, below which nothing is looked for
+FINE_TEXTURE = 24.0  # pixels of a nucleus, below which fine texture is missing
 ONE_CELL = 120  # pixels: a picture that is smaller on both sides is no field
-TO_ESTIMATE = 1_500_000  # pixels of a field, at most, on which the size of the nuclei is estimated
-LEAST_FIT = 0.25  # of the regions found to round, whole ones of one size, below which they are no cells
-GOOD_FIT = 0.55  # from which on the bright stain explains the field
-HOLLOW = 0.8  # light of a region's middle beside that half way out, below which it may be a ring
+WINDOW = 14  # nuclei that fit along the side of the part of a field on which their size is estimated
+LEVELS = 14  # of light, at which a field is cut; half as many where only the size is looked for
+LEAST_EDGE = 0.25  # steepness of a nucleus's rim beside the median, below which it is none
+CLEAR_FIT = 0.7  # of bright regions to round ones of one size, from which nothing else is looked for
+CLEAR_ROUND = 0.8  # rating of a piece that is a round cell among rings
+MOST_FOR_RINGS = 1200  # pixels along the side of the part of a field in which rings are looked for
 RING_RADIUS = 9.0  # pixels, of a nucleus in the picture that is searched for rings
 DARK = 0.8  # light inside a typical ring beside that on it, below which the nuclei are dark
 LEAST_CONTRAST = 1.2  # of a typical ring with what lies in it and round it, in spreads of the picture's light
 REACH = 1.75  # of a nucleus's radius, from its centre, to which its cell goes where no neighbour is nearer
-EDGE = 0.65  # of the root of a region's light, at which it ends: somewhat less than half the light
-SIZES = (0.5, 1.7)  # accepted equivalent diameters, in units of the nuclei's median
-SOLID = 0.85  # of its convex hull that a cell must fill
+LEAST_RATING = 0.25  # of a piece that is taken as a nucleus: roundness times nearness to the size looked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,228 +44,249 @@ class FoundCell:
     centre: tuple[float, float]
     outline: np.ndarray
     diameter: float  # of the circle of the same area
-    brightness: float  # mean above the ground, in the field's own units
-    peak: float  # the same of the brightest fifth of its pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoundField:
-    """The cells of one field; `nucleus` is how many pixels a nucleus is across: the median of what was found, or, where
-    the stain lies outside the nuclei (`hollow`), what fits best. `stained` is the share of the stained area that lies
-    in the cells."""
+    """The cells of one field, and where they lie: `labels` int (rows, columns), each cell's number from 1, 0 elsewhere,
+    in the field scaled by `scale`.
+
+    `nucleus` is the diameter of a typical nucleus, in pixels. `fit` is how round, and how much of one size, the cells
+    are, 0 to 1. The nuclei are brighter than what lies round them, or `dark`; or none was seen, but the stain round
+    them (`rings`): then whole cells are outlined.
+    """
 
     cells: list[FoundCell]
-    nucleus: float
-    stained: float
-    hollow: bool = False
+    labels: np.ndarray
+    scale: float = 1.0
+    nucleus: float = 0.0
+    fit: float = 0.0
+    dark: bool = False
+    rings: bool = False
     notes: list[str] = field(default_factory=list)
 
 
-class Segmentation(NamedTuple):
-    """Regions in a field that is shrunk by `scale`: `labels` int (rows, columns), 0 where there is none, the `picture`
-    float32 (rows, columns), and where it is `stained`, bool (rows, columns)."""
+class _Light(NamedTuple):
+    """A field that is scaled by `scale`, so that nuclei have some `size` pixels: its light above the background,
+    smoothed, as its root."""
+
+    light: np.ndarray
+    scale: float
+    size: float
+
+
+class _Pieces(NamedTuple):
+    """Pieces of a field that do not overlap: `labels` int (rows, columns), 0 where there is none, and of each piece its
+    `diameters` in pixels of the field, its rating and how steeply the light falls at its rim."""
 
     labels: np.ndarray
     scale: float
-    picture: np.ndarray
-    stained: np.ndarray
+    diameters: np.ndarray
+    ratings: np.ndarray  # roundness times nearness to the size looked for, 0 to 1
+    edges: np.ndarray
+
+    @property
+    def fit(self) -> float:
+        return float(np.average(self.ratings, weights=self.diameters)) if len(self.ratings) else 0.0
 
 
 def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundField:
     """Find the cells that lie whole in a field (rows, columns), float32 in any units, bright on dark.
 
     The size of the nuclei is estimated from the field itself, among all sizes, or, with a `pixel_size` in micrometres,
-    among those that such nuclei have. Cells that
-    touch the border, debris, saturated blobs and drawn-in scale bars are left out. A nuclear stain is outlined by its
-    nucleus, a cytoplasmic one by its cell.
+    among those that such nuclei have. Cells that touch the border, debris, saturated blobs and drawn-in scale bars are
+    left out.
     """
-    unit = float(np.ptp(intensity)) or 1.0
-    intensity = intensity / unit
+    intensity = (intensity - np.median(intensity)) / (float(np.ptp(intensity)) or 1.0)
     drawn = _drawn(intensity)
-    if drawn.any():
-        intensity = np.where(drawn, np.median(intensity), intensity)
     notes = ["a scale bar, writing or saturated light was left out"] if drawn.any() else []
-    trial, rings = _best_trial(intensity, pixel_size), None
-    if trial is None or trial.fit < GOOD_FIT or trial.hollow < HOLLOW:
+    intensity = np.where(drawn, 0, intensity) if drawn.any() else intensity
+    best = _best_size(intensity, pixel_size, dark=False)
+    nothing = FoundField(cells=[], labels=np.zeros(intensity.shape, np.int32), notes=notes)
+    if best is None:
+        return nothing
+    dark, rings = False, None
+    if best.fit < CLEAR_FIT or best.hollow < 1:
+        darkest = _best_size(intensity, pixel_size, dark=True)
+        if darkest is not None and darkest.score > best.score:
+            best, dark = darkest, True
         rings = _best_rings(intensity, pixel_size)
-    hollow = rings is not None and rings.middle < DARK and rings.contrast > LEAST_CONTRAST
-    if not hollow and (trial is None or trial.fit < LEAST_FIT):
-        return FoundField(cells=[], nucleus=0.0, stained=0.0, notes=notes)
-    if hollow:
+    if rings is not None and rings.middle < DARK and rings.contrast > LEAST_CONTRAST:
+        nucleus, fit, scale = float(rings.nucleus), 0.0, rings.scale
+        labels = _ring_labels(_rings(intensity, nucleus))
+        # A cell in mitosis has no ring: it is round and stained all over.
+        pieces = _pieces(_light(intensity, nucleus, WORKING), LEVELS, dark=False)
+        round_ones = np.isin(pieces.labels, np.flatnonzero(pieces.ratings > CLEAR_ROUND) + 1) * pieces.labels
+        round_ones = transform.resize(round_ones, labels.shape, order=0, preserve_range=True).astype(labels.dtype)
+        labels = np.where(round_ones > 0, round_ones + labels.max(), labels)
         notes.append("the stain lies outside the nuclei: whole cells are outlined")
-        nucleus, found = rings.nucleus, _segment_rings(intensity, rings.nucleus)
-        expected = REACH * nucleus * found.scale
     else:
-        nucleus, found = trial.size, _segment(intensity, trial.size)
-        expected = nucleus * found.scale
-    drawn = transform.resize(drawn, found.labels.shape, order=0) if drawn.any() else np.zeros(found.labels.shape, bool)
-    regions = measure.regionprops(found.labels)
-    whole = [region for region in regions if _is_whole(region, drawn.shape) and not drawn[region.slice].any()]
-    sizes = [r.equivalent_diameter_area for r in whole if r.equivalent_diameter_area > SIZES[0] * expected]
-    # The median is taken over what may be nuclei: dust is more frequent than cells in a thin field.
-    median = expected
-    if sizes and not hollow:
-        median = float(np.median(sizes))
-        nucleus = median / found.scale
-    accepted = [
-        region
-        for region in whole
-        if SIZES[0] * median < region.equivalent_diameter_area < SIZES[1] * median and region.solidity > SOLID
-    ]
-    if accepted and nucleus < SMALLEST:
+        rings = None
+        pieces = _pieces(_light(intensity, best.size, WORKING), LEVELS, dark)
+        if not len(pieces.ratings):
+            return nothing
+        nucleus, fit, scale = float(np.median(pieces.diameters)), pieces.fit, pieces.scale
+        faint = np.flatnonzero(pieces.edges < LEAST_EDGE * np.median(pieces.edges)) + 1
+        labels = np.where(np.isin(pieces.labels, faint), 0, pieces.labels)
+    if drawn.any():
+        drawn = transform.resize(drawn, labels.shape, order=0)
+    cells, kept = [], np.zeros_like(labels)
+    for region in measure.regionprops(labels):
+        top, left, bottom, right = region.bbox
+        whole = top > 0 and left > 0 and bottom < labels.shape[0] and right < labels.shape[1]
+        if whole and not (drawn.any() and drawn[region.slice].any()):
+            cells.append(_found(region, scale))
+            kept[region.slice][region.image] = len(cells)
+    if cells and nucleus < FINE_TEXTURE:
+        notes.append(f"nuclei have only some {nucleus:.0f} pixels: fine texture is missing, so the verdict is unsure")
+    if cells and pixel_size and not NUCLEUS_MICRONS[0] <= nucleus * pixel_size <= NUCLEUS_MICRONS[1]:
         notes.append(
-            f"nuclei are only some {nucleus:.0f} pixels across: fine texture is missing, so the verdict is unsure"
+            f"nuclei measure {nucleus * pixel_size:.1f} micrometres by the pixel size, which those of HEp-2 cells do "
+            "not: give the right one"
         )
-    if accepted and pixel_size and not NUCLEUS_MICRONS[0] <= nucleus * pixel_size <= NUCLEUS_MICRONS[1]:
-        notes.append(
-            f"nuclei are {nucleus * pixel_size:.1f} micrometres across by the pixel size that was given, which those "
-            "of HEp-2 cells are not: leave it out if unsure"
-        )
-    outside = found.picture[found.labels == 0]
-    ground = float(np.median(outside)) if outside.size else float(found.picture.min())
-    # What lies in regions that are cut off by the border is none of the whole cells' fault.
-    cut = np.isin(found.labels, [region.label for region in regions if not _is_whole(region, drawn.shape)])
-    inside = np.isin(found.labels, [region.label for region in accepted])
-    return FoundField(
-        cells=[_found(region, found.scale, found.picture, ground, unit) for region in accepted],
-        nucleus=nucleus if accepted else 0.0,
-        stained=float((found.stained & inside).sum() / max(1, (found.stained & ~cut & ~drawn).sum())),
-        hollow=hollow,
-        notes=notes,
-    )
+    found = {"nucleus": nucleus if cells else 0.0, "fit": fit, "dark": dark, "rings": rings is not None}
+    return FoundField(cells=cells, labels=kept, scale=scale, notes=notes, **found)
 
 
-class _Trial(NamedTuple):
-    """How well a field falls into round, whole regions of one `size`, in pixels, that was looked for.
-
-    `fit` is between 0 and 1, `score` also counts the regions. `hollow` is the light in the regions' middle beside that
-    half way out: below 1 where the stain lies round the nucleus.
-    """
+class _Best(NamedTuple):
+    """What looking for nuclei of many sizes gave: their `size` in pixels, how well they stood out, their fit, and the
+    light in the middle of a typical one beside that half way out."""
 
     score: float
-    fit: float
     size: float
+    fit: float
     hollow: float
 
 
-def _middle(intensity: np.ndarray) -> np.ndarray:
-    # The middle of a large field is enough, and keeps the cost of a field of 20 megapixels down.
-    side = int(TO_ESTIMATE**0.5)
-    top, left = (max(0, (length - side) // 2) for length in intensity.shape)
-    return intensity[top : top + side, left : left + side]
+def _best_size(intensity: np.ndarray, pixel_size: float | None, dark: bool) -> _Best | None:
+    best = None
+    for size in _sizes(intensity.shape, pixel_size):
+        part = _light(_middle(intensity, WINDOW * size), size, ESTIMATING)
+        pieces = _pieces(part, LEVELS // 2, dark)
+        if len(pieces.ratings):
+            weight = pieces.ratings**3 * pieces.edges
+            # Between number and area: grains are more than cells, and clouds of cells are larger.
+            score = float(weight @ pieces.diameters**1.5) * part.scale**2 / part.light.size
+            if best is None or score > best.score:
+                diameter = float(np.average(pieces.diameters, weights=weight))
+                best = _Best(score, diameter, pieces.fit, _hollow(pieces.labels, part.light))
+    return best
 
 
-def _sizes(shape: tuple[int, int], step: float, pixel_size: float | None) -> np.ndarray:
-    """List sizes of nuclei, in pixels, to look for in a field of this shape, each 2^`step` times the last."""
+def _hollow(labels: np.ndarray, light: np.ndarray) -> float:
+    """Return the light in the middle of a typical region beside that half way out."""
+    numbers, depth = np.arange(1, labels.max() + 1), ndimage.distance_transform_edt(labels > 0)
+    depth /= np.maximum(np.append(1, ndimage.maximum(depth, labels, numbers))[labels], 1e-6)
+    inner, outer = (
+        ndimage.mean(light**2, np.where(part, labels, 0), numbers)
+        for part in (depth > 0.65, (depth > 0.25) & (depth < 0.5))
+    )
+    return float(np.nanmedian(inner / np.maximum(outer, 1e-9)))
+
+
+def _sizes(shape: tuple[int, int], pixel_size: float | None, step: float = 0.5) -> np.ndarray:
+    """List diameters of nuclei, in pixels, to look for in a field of this shape, each 2^`step` times the last."""
     largest = max(min(shape) / 3, 0.8 * ONE_CELL)
-    sizes = SMALLEST * 2 ** np.arange(0, np.log2(largest / SMALLEST), step)
+    sizes = SMALLEST * 2 ** np.arange(0.25, np.log2(largest / SMALLEST), step)
     if pixel_size is None:
         return sizes
-    low, high = (across / pixel_size for across in NUCLEUS_MICRONS)
+    low, high = (diameter / pixel_size for diameter in NUCLEUS_MICRONS)
     sizes = sizes[(low <= sizes) & (sizes <= high)]
     return sizes if len(sizes) else np.array([(low * high) ** 0.5])
 
 
-def _best_trial(intensity: np.ndarray, pixel_size: float | None) -> _Trial | None:
-    """Look for bright regions of many sizes, and return the best, if there is any."""
-    middle, best = _middle(intensity), None
-    if min(middle.shape) < 2 * SMALLEST:
-        return None
-    for size in _sizes(middle.shape, 0.5, pixel_size):
-        labels, scale, picture, _ = _bright(middle, size)
-        regions = [r for r in measure.regionprops(labels) if r.equivalent_diameter_area > 0.3 * size * scale]
-        across = np.array([region.equivalent_diameter_area for region in regions]) / scale
-        fits = np.exp(-((np.log(across / size) / 0.35) ** 2)) * [region.solidity**4 for region in regions]
-        # By its diameter: by area, a few clouds of cells win over the cells; by number, their grains do.
-        score = float(across @ fits)
-        if score > (0.0 if best is None else best.score):
-            hollow = _hollowness(regions, picture, labels)
-            best = _Trial(score, score / across.sum(), float(np.median(across)), hollow)
-    return best
+def _middle(intensity: np.ndarray, side: float) -> np.ndarray:
+    top, left = (max(0, (length - round(side)) // 2) for length in intensity.shape)
+    return intensity[top : top + round(side), left : left + round(side)]
 
 
-def _hollowness(regions: list, picture: np.ndarray, labels: np.ndarray) -> float:
-    """Return the light in the middle of a typical region over that half way out, both above the ground."""
-    ground = np.median(picture[labels == 0]) if (labels == 0).any() else picture.min()
-    ratios = []
-    for region in regions:
-        depth = ndimage.distance_transform_edt(np.pad(region.image, 1))[1:-1, 1:-1]
-        light, depth = picture[region.slice] - ground, depth / depth.max()
-        ring = light[(depth > 0.25) & (depth < 0.5)]
-        if ring.size:
-            ratios.append(np.median(light[depth > 0.65]) / max(ring.mean(), 1e-6))
-    return float(np.median(ratios)) if ratios else 1.0
+def _light(intensity: np.ndarray, size: float, working: float) -> _Light:
+    scale = min(working / size, 2.0)
+    across, picture = size * scale, scaled(intensity, scale)
+    above = np.clip(picture - background(picture, 4 * across), 0, None)
+    # The root keeps a dim nucleus with bright dots in one piece; far below the brightest it would only show noise.
+    above += 0.002 * float(np.quantile(above, 0.995))
+    return _Light(ndimage.gaussian_filter(np.sqrt(above), across / 14), scale, across)
 
 
-def _shrunk(intensity: np.ndarray, scale: float) -> np.ndarray:
-    if scale < 1:
-        intensity = transform.rescale(intensity, scale, anti_aliasing=True, preserve_range=True)
+def scaled(intensity: np.ndarray, scale: float) -> np.ndarray:
+    if not 0.99 < scale < 1.01:
+        options = {"order": 1, "anti_aliasing": scale < 1, "preserve_range": True}
+        intensity = transform.rescale(intensity, scale, **options)
     return intensity.astype(np.float32)
 
 
-def _ground(picture: np.ndarray, across: float) -> np.ndarray:
-    """Return the ground, uneven as it is: what is left when everything narrower than `across` is taken away."""
+def background(picture: np.ndarray, width: float) -> np.ndarray:
+    """Return the background, uneven as it is: what is left when everything narrower than `width` is taken away."""
     # Whole blocks, lest the last ones be filled up with darkness.
     padded = np.pad(picture, [(0, -side % 4) for side in picture.shape], mode="edge")
-    coarse = transform.downscale_local_mean(padded, (4, 4))
-    ground = ndimage.grey_opening(ndimage.gaussian_filter(coarse, 1), size=2 * int(across / 8) + 1)
-    ground = transform.resize(ndimage.gaussian_filter(ground, across / 13), padded.shape, order=1, preserve_range=True)
-    return ground[: picture.shape[0], : picture.shape[1]]
+    coarse = ndimage.gaussian_filter(transform.downscale_local_mean(padded, (4, 4)), 1)
+    background = ndimage.gaussian_filter(ndimage.grey_opening(coarse, size=2 * int(width / 8) + 1), width / 13)
+    background = transform.resize(background, padded.shape, order=1, preserve_range=True)
+    return background[: picture.shape[0], : picture.shape[1]]
 
 
-class _Bright(NamedTuple):
-    """Bright regions: `labels` and `light`, the root of what the smoothed `picture` has above the ground."""
-
-    labels: np.ndarray
-    scale: float
-    picture: np.ndarray
-    light: np.ndarray
-
-
-def _bright(intensity: np.ndarray, size: float) -> _Bright:
-    """Find bright regions of about `size` pixels across, by one threshold for the field."""
-    scale = min(1.0, WORKING / size)
-    picture, across = _shrunk(intensity, scale), size * scale
-    # The root keeps a dim nucleus with bright dots in one piece.
-    light = np.sqrt(np.clip(picture - _ground(picture, 3.2 * across), 0, None))
-    light = ndimage.gaussian_filter(light, across / 12)
-    labels = np.zeros(picture.shape, int)
-    if light.max() > light.min():
-        above = light > 0.85 * filters.threshold_otsu(light)
-        labels = _apart(above & (light > ndimage.gaussian_filter(light, 1.2 * across)), across)
-    return _Bright(labels, scale, picture, light)
-
-
-def _segment(intensity: np.ndarray, size: float) -> Segmentation:
-    """Outline bright regions of about `size` pixels across, each by its own light."""
-    labels, scale, picture, light = _bright(intensity, size)
-    # A threshold for the whole field takes the haze round bright nuclei for theirs.
-    level = ndimage.median(light, labels, np.arange(labels.max() + 1))
-    return Segmentation(_apart((labels > 0) & (light > EDGE * level[labels]), size * scale), scale, picture, labels > 0)
+def _pieces(found: _Light, levels: int, dark: bool) -> _Pieces:
+    """Cut a field at many levels of light, and keep the best pieces that do not overlap."""
+    light = -found.light if dark else found.light
+    slope = ndimage.gaussian_gradient_magnitude(found.light, 1.0)
+    low, high = np.quantile(light, [0.02, 0.995])
+    candidates = []
+    for level in np.linspace(low, high, levels + 2)[1:-1]:
+        labels = _apart(light > level, found.size)
+        area, round_ones = roundness(labels)
+        diameters = np.sqrt(4 / np.pi * area)
+        ratings = round_ones * np.exp(-((np.log(diameters / found.size) / 0.4) ** 2))
+        rim = (labels > 0) & (ndimage.minimum_filter(labels, 3) != labels)
+        edges = ndimage.mean(slope, np.where(rim, labels, 0), np.arange(1, len(area) + 1))
+        boxes = ndimage.find_objects(labels)
+        for number in np.flatnonzero(ratings > LEAST_RATING):
+            values = (diameters[number] / found.scale, ratings[number], edges[number])
+            candidates.append(
+                (ratings[number] * edges[number], values, boxes[number], labels[boxes[number]] == number + 1)
+            )
+    labels, kept = np.zeros(light.shape, np.int32), []
+    for _, values, box, mask in sorted(candidates, key=lambda candidate: -candidate[0]):
+        taken = labels[box]
+        if (taken[mask] > 0).mean() < 0.1:
+            kept.append(values)
+            taken[mask & (taken == 0)] = len(kept)
+    return _Pieces(labels, found.scale, *np.array(kept).reshape(-1, 3).T)
 
 
-def _apart(mask: np.ndarray, across: float) -> np.ndarray:
-    """Label the regions of a mask, those of about `across` pixels that touch apart; grains are left out."""
-    mask = ndimage.binary_fill_holes(morphology.opening(mask, morphology.disk(max(1, int(across / 10)))))
-    depth = ndimage.gaussian_filter(ndimage.distance_transform_edt(mask), across / 16)
-    peaks = feature.peak_local_max(
-        depth,
-        min_distance=int(0.3 * across),
-        threshold_abs=0.15 * across,
-        labels=measure.label(mask),
-        exclude_border=False,
-    )
+def _apart(mask: np.ndarray, size: float) -> np.ndarray:
+    """Label the regions of a mask, those of about `size` pixels that touch apart; spikes and grains are left out."""
+    mask = ndimage.gaussian_filter(mask.astype(np.float32), size / 12) > 0.5
+    holes, _ = ndimage.label(~mask)
+    mask |= (np.bincount(holes.ravel()) < size**2 / 2)[holes]
+    depth = ndimage.gaussian_filter(ndimage.distance_transform_edt(mask), size / 16)
+    peaks = feature.peak_local_max(depth, min_distance=int(0.3 * size), threshold_abs=0.2 * size, exclude_border=False)
     return segmentation.watershed(-depth, _numbered(peaks, mask.shape), mask=mask)
 
 
 def _numbered(places: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    numbers = np.zeros(shape, int)
+    numbers = np.zeros(shape, np.int32)
     numbers[tuple(places.T)] = np.arange(1, len(places) + 1)
     return numbers
 
 
+def roundness(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each region's area in pixels, and how nearly it is an ellipse, 0 to 1: by its second moments."""
+    rows, columns = np.nonzero(labels)
+    which, count = labels[rows, columns], labels.max() + 1
+    area = np.maximum(np.bincount(which, minlength=count), 1)
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return np.bincount(which, values, count) / area
+
+    rows, columns = rows - mean(rows)[which], columns - mean(columns)[which]
+    spread = mean(rows * rows) * mean(columns * columns) - mean(rows * columns) ** 2
+    # The spread of an ellipse is the smallest that so large a region can have.
+    return area[1:], np.minimum(area / (4 * np.pi * np.sqrt(spread + 1e-9)), 1)[1:] ** 10
+
+
 class _Rings(NamedTuple):
-    """Rings round nuclei of one size: `nucleus` across in pixels of the field, the places (rings, 2) of their centres
+    """Rings round nuclei of one size: `nucleus` in pixels of the field, the places (rings, 2) of their centres
     in a picture shrunk by `scale`, the light in that picture, what the clearest rings have more of it than what lies in
     them and round them (`strength`), the same in spreads of the light (`contrast`), and the light inside a typical ring
     beside that on it (`middle`)."""
@@ -278,17 +302,16 @@ class _Rings(NamedTuple):
 
 def _best_rings(intensity: np.ndarray, pixel_size: float | None) -> _Rings | None:
     """Look for rings round nuclei of many sizes, and return those that stand out most."""
-    middle = _middle(intensity)
-    if min(middle.shape) < 2 * SMALLEST:
-        return None
-    tried = [_rings(middle, size) for size in _sizes(middle.shape, 0.25, pixel_size)]
+    middle = _middle(intensity, MOST_FOR_RINGS)
+    sizes = _sizes(middle.shape, pixel_size, step=0.25)
+    tried = [_rings(middle, size) for size in sizes if size > 2 * RING_RADIUS * 0.9]
     return max((rings for rings in tried if len(rings.places)), key=lambda rings: rings.strength, default=None)
 
 
 def _rings(intensity: np.ndarray, nucleus: float) -> _Rings:
     scale = min(1.0, 2 * RING_RADIUS / nucleus)
-    picture, radius = _shrunk(intensity, scale), nucleus * scale / 2
-    light = ndimage.gaussian_filter(picture, 1) - _ground(picture, 5.8 * radius)
+    picture, radius = scaled(intensity, scale), nucleus * scale / 2
+    light = ndimage.gaussian_filter(picture, 1) - background(picture, 5.8 * radius)
     # The logarithm lets the little light of a cytoplasm count beside a Golgi apparatus: in units of the unevenness.
     spread = np.median(np.abs(light - np.median(light)))
     light = np.log1p(np.clip(light, 0, None) / max(6 * spread, 1e-6))
@@ -312,14 +335,11 @@ def _rings(intensity: np.ndarray, nucleus: float) -> _Rings:
     return _Rings(nucleus, places, scale, light, strength, contrast, middle)
 
 
-def _segment_rings(intensity: np.ndarray, nucleus: float) -> Segmentation:
-    """Find cells by the rings round their dark nuclei: each reaches so far, or to where a neighbour is nearer."""
-    rings = _rings(intensity, nucleus)
+def _ring_labels(rings: _Rings) -> np.ndarray:
+    """Give each ring's cell what lies so near to its centre, or, of what is near to two, the nearer half."""
     centres = _numbered(rings.places, rings.light.shape)
     distance, nearest = ndimage.distance_transform_edt(centres == 0, return_indices=True)
-    labels = np.where(distance > REACH * nucleus * rings.scale / 2, 0, centres[tuple(nearest)])
-    stained = rings.light > filters.threshold_otsu(rings.light)
-    return Segmentation(labels, rings.scale, _shrunk(intensity, rings.scale), stained)
+    return np.where(distance > REACH * rings.nucleus * rings.scale / 2, 0, centres[tuple(nearest)])
 
 
 def _drawn(intensity: np.ndarray) -> np.ndarray:
@@ -337,14 +357,8 @@ def _drawn(intensity: np.ndarray) -> np.ndarray:
     return marked
 
 
-def _is_whole(region, shape: tuple[int, int]) -> bool:
-    top, left, bottom, right = region.bbox
-    return top > 0 and left > 0 and bottom < shape[0] and right < shape[1]
-
-
-def _found(region, scale: float, picture: np.ndarray, ground: float, unit: float) -> FoundCell:
+def _found(region, scale: float) -> FoundCell:
     top, left, bottom, right = (round(edge / scale) for edge in region.bbox)
-    light = unit * (np.sort(picture[region.slice][region.image]) - ground)
     contour = max(measure.find_contours(np.pad(region.image, 1).astype(float), 0.5), key=len)
     contour = measure.approximate_polygon(contour, 0.6) - 1 + np.array(region.bbox[:2])
     return FoundCell(
@@ -352,13 +366,11 @@ def _found(region, scale: float, picture: np.ndarray, ground: float, unit: float
         centre=tuple(float(c) / scale for c in region.centroid),
         outline=contour / scale,
         diameter=float(region.equivalent_diameter_area) / scale,
-        brightness=float(light.mean()),
-        peak=float(light[int(0.8 * len(light)) :].mean()),
     )
 
 
 def crop(intensity: np.ndarray, cell: FoundCell, nucleus: float) -> np.ndarray:
-    """Cut out one cell as the models know cells: (1, 78, 78), float32 in [0, 1], the nucleus some 63 pixels across."""
+    """Cut out one cell as the models know cells: (1, 78, 78), float32 in [0, 1], the nucleus some 63 pixels."""
     side = round(nucleus * IMAGE_SIZE / NUCLEUS_IN_CROP)
     top, left = (round(c - side / 2) for c in cell.centre)
     rows = _mirrored(np.arange(top, top + side), intensity.shape[0])
