@@ -23,32 +23,20 @@ if TYPE_CHECKING:
 
 ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
 
-PICTURE_SUFFIXES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".tif",
-    ".tiff",
-    ".bmp",
-    ".webp",
-    ".jp2",
-    ".j2k",
-    ".avif",
-    ".heic",
-    ".heif",
-)
-SUFFIXES = (*PICTURE_SUFFIXES, ".lsm", ".czi", ".nd2", ".lif", ".dcm")  # some with an error that says how to export
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".jp2", ".j2k", ".avif", ".heic", ".heif")
+SUFFIXES = (*PICTURE_SUFFIXES, ".tif", ".tiff", ".lsm", ".czi", ".nd2", ".lif", ".dcm")  # some only where bioio is
+KNOWN_BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"\0\0\0\x0cjP")
 EXPECTED = "PNG, JPEG, TIFF, BMP, WebP, JPEG 2000, AVIF or HEIC"
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "JPEG2000", "AVIF")
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 320_000_000  # of a file, and of what it is decoded to: with what is made of them they stay below 1 GiB
-MAX_PAGES, MAX_PARTS, MAX_CHANNELS = 5_000, 100_000, 64  # of a TIFF, lest a small file takes minutes
+MAX_PAGES, MAX_PARTS, MAX_CHANNELS = 5_000, 200_000, 64  # of a TIFF, lest a small file takes minutes
 UNNAMED_CHANNELS = 4  # pages of which nothing is known are channels if there are no more of them, else a stack
 
 COLOURS = ("red", "green", "blue")
 STAIN = re.compile(r"fitc|fluorescein|gfp|488|green|\bcy2\b|\b5[0-4]\d ?nm", re.IGNORECASE)
 NO_STAIN = re.compile(
-    r"dapi|hoechst|blue|draq|propidium|sytox|bright|phase|\bdic\b|\bbf\b|\btrans|\b4\d\d ?nm", re.IGNORECASE
+    r"dapi|hoechst|blue|draq|propidium|sytox|bright|phase|\bdic\b|\bbf\b|\btrans|\b4[0-7]\d ?nm", re.IGNORECASE
 )
 MICROMETRES = dict.fromkeys(("micron", "microns", "um", "µm", "μm", r"\u00B5m", 5), 1.0)  # by name or TIFF's number
 MICROMETRES |= {"nm": 1e-3, "mm": 1e3, 4: 1e3, "cm": 1e4, 3: 1e4, "inch": 25_400.0, 2: 25_400.0}
@@ -198,7 +186,7 @@ def _of_pillow(image: Image.Image, data: bytes, plane: int | None, warnings: lis
 def _of_tiff(data: bytes, plane: int | None, warnings: list[str]) -> Layers:
     import tifffile
 
-    tifffile.logger().addHandler(SILENCE)  # what it says of damage is in the error, or harmless
+    logging.getLogger("tifffile").addHandler(SILENCE)  # what it says of damage is in the error, or harmless
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         images = _largest(tiff, warnings)
         page, pages = images[0].keyframe, [page for image in images for page in image if page is not None]
@@ -213,7 +201,7 @@ def _of_tiff(data: bytes, plane: int | None, warnings: list[str]) -> Layers:
         planes, channels, samples = math.prod(array.shape[: len(stack)]), *array.shape[-4:-2]
         unknown = planes > 1 == channels == samples and all(axes[place] in "IQ" for place in stack)
         names, pixel_size = (), None
-        with suppress(ValueError):  # what is badly written tells nothing
+        with suppress(ValueError, TypeError):  # what is badly written tells nothing
             names, pixel_size = _metadata(tiff, images[0], pages, planes if unknown else channels)
     names = names if samples == 1 else ()
     if unknown and (any(names) or (plane is None and planes <= UNNAMED_CHANNELS)):
@@ -246,7 +234,7 @@ def _largest(tiff: "TiffFile", warnings: list[str]) -> list["TiffPageSeries"]:
         raise ImageError(f"the TIFF has more than {MAX_PAGES:,} pages; save the one that shows the stain")
     images = [level for series in tiff.series for level in series.levels if {"Y", "X"} <= set(level.axes)]
     areas = [image.sizes["height"] * image.sizes["width"] for image in images]
-    if not areas:
+    if not any(areas):
         raise ImageError("the TIFF holds no image; save it again")
     number = areas.index(max(areas))
     chosen = images[number]
@@ -260,7 +248,7 @@ def _largest(tiff: "TiffFile", warnings: list[str]) -> list["TiffPageSeries"]:
 
 def _check_tiff(data: bytes, page: "TiffPage", pages: list["TiffPage"], values: int) -> None:
     """Raise before the decoding if it is not supported, or would fill the memory."""
-    kind, compression = getattr(page.photometric, "name", page.photometric), page.compression
+    kind, compression = getattr(page.photometric, "name", "unnamed"), page.compression
     if page.dtype is None or kind not in MEANINGS or (kind in ("SEPARATED", "YCBCR") and page.dtype != np.uint8):
         raise ImageError(f"a TIFF of {page.bitspersample}-bit {kind} values cannot be read; save it as grey or RGB")
     if compression not in BOUNDED | PICTURES:
@@ -303,7 +291,8 @@ def _metadata(
         told = [(label, *shown[place : place + 1]) for place, label in enumerate(labels[:count])] or [*zip(shown)]
         unit = MICROMETRES.get(metadata.get("unit"), 0)
     elif count > 1:
-        told = [(page.aspage().tags.valueof(285), page.aspage().description[:60]) for page in pages]
+        # A page's name or description names a dye, or it is a number or a remark, and no channel's name.
+        told = [("", page.aspage().tags.valueof(285), page.aspage().description[:60]) for page in pages]
     names = [
         next((name for name in names if name and (STAIN.search(name) or NO_STAIN.search(name))), names[0] or "")
         for names in told[:count]
@@ -359,7 +348,7 @@ def _is_display(palette: np.ndarray) -> bool:
     """
     palette = palette.astype(np.float64) / max(palette.max(), 1)
     strongest = palette[:, palette.sum(0).argmax()]
-    shades = np.outer(strongest, strongest @ palette) / (strongest @ strongest)
+    shades = np.outer(strongest, strongest @ palette) / max(strongest @ strongest, 1e-9)
     return abs(palette - shades).max() > 0.1 and np.quantile(abs(np.diff(palette)).sum(0), 0.9) < 0.1
 
 

@@ -6,7 +6,7 @@ preprocessing. `hep2.formats` reads the file; here the stain's channel and a pla
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -15,6 +15,7 @@ from scipy.ndimage import maximum_filter
 from hep2.formats import (
     COLOURS,
     EXPECTED,
+    KNOWN_BEGINNINGS,
     MAX_CHANNELS,
     MAX_PIXELS,
     NO_STAIN,
@@ -105,6 +106,8 @@ def decode(source: ImageSource, *, channel: str | int | None = None, plane: int 
     except ImageError:
         raise
     except UnidentifiedImageError as error:
+        if data.startswith(KNOWN_BEGINNINGS):
+            raise ImageError("the image's head is damaged; save it again and give the whole file") from error
         start = "".join(chr(byte) if 32 <= byte < 127 else "·" for byte in data[:8])
         raise ImageError(f"not an image of a known kind (it begins with “{start}”); give {EXPECTED}") from error
     except Image.DecompressionBombError as error:
@@ -125,8 +128,10 @@ def _choose(layers: Layers, channel: str | int | None, warnings: list[str]) -> n
         raise ImageError(f"pixels of type {stack.dtype} cannot be read; give integers or floats")
     check_size(*stack.shape[2:], 0)
     check_plane(plane, count)
-    index = plane - 1 if plane else count // 2
-    light = layers.light(stack[index])
+    index = plane - 1 if plane else 0
+    # Any plane of a stack may be the one that shows the stain: its channel is chosen from the brightest of all planes.
+    planes = [stack[index]] if plane else stack
+    light = reduce(np.maximum, (layers.light(samples) for samples in planes))
     if len(light) > MAX_CHANNELS:
         raise ImageError(f"the image has {len(light)} channels, more than {MAX_CHANNELS}; save the stain's alone")
     if channel is None:

@@ -93,6 +93,14 @@ def pyramid(subifds: bool) -> bytes:
     return file.getvalue()
 
 
+def named_pages(**pages: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        for name, page in pages.items():
+            writer.write(page, metadata=None, extratags=[(285, "s", 0, name, True)])
+    return file.getvalue()
+
+
 def with_tags(data: bytes, **values: int) -> bytes:
     """Change tags of a TIFF's first page, which must hold one number each."""
     changed = bytearray(data)
@@ -301,6 +309,13 @@ KINDS = {
     ),
     "pages, a mask second": Kind(tiff(CELL, OPAQUE * (DAPI > 99), metadata=None), CELL),
     "pages, five": Kind(tiff(*STACK, metadata=None), DEEP, "5 planes: plane 3, the sharpest, was read"),
+    "pages, named by dyes": Kind(named_pages(FITC=DEEP, DAPI=DEEP_DAPI), DEEP, DAPI_LEFT_OUT),
+    "pages, numbered": Kind(
+        named_pages(**{f"z{place}": plane for place, plane in enumerate(STACK)}), DEEP, "5 planes: plane 3"
+    ),
+    "png, palette of two colours": Kind(
+        encoded(Image.fromarray(255 * np.uint8(DAPI > 99)).quantize(2), "PNG"), DAPI > 99
+    ),
     "pages, of colours": Kind(
         tiff(*(colours(green=plane // 30) for plane in STACK), photometric="rgb", metadata=None),
         DEEP // 30,
@@ -361,6 +376,17 @@ def test_a_stack_of_channels_gives_the_sharpest_plane_of_the_stain():
         "the file has 2 channels: FITC was read, DAPI was left out",
         "the file has 5 planes: plane 3, the sharpest, was read",
     )
+
+
+def test_of_pages_that_are_pictures_the_one_with_green_light_is_read():
+    for order in (1, -1):
+        pages = [colours(green=CELL), colours(blue=DAPI)][::order]
+        decoded = decode(tiff(*pages, photometric="rgb", metadata=None))
+        np.testing.assert_array_equal(decoded.intensity, CELL)
+        assert decoded.warnings == (
+            "the image has several colours: green was read, blue was left out",
+            f"the file has 2 planes: plane {1 if order == 1 else 2}, the sharpest, was read",
+        )
 
 
 @pytest.mark.parametrize(
