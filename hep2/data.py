@@ -13,17 +13,15 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from hep2.imaging import ImageSource, prepare, read_intensity
+from hep2.images import ImageSource, decode, prepare
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, is_synthetic
-from hep2.phantoms import phantom_files
 
 if TYPE_CHECKING:
     import datasets
 
-PROTOCOLS = ("paper", "clean", "specimen")
+PROTOCOLS = ("deduplicated", "reference", "specimen")
 FOLDS = 4
-BLOCKS_TO_SPARE = 5  # of a class, outside the test fold, from which on one of them is for validation
-PHANTOMS_A_CLASS = 100
+SYNTHETIC_A_CLASS = 100
 PUBLISHED_FINGERPRINT = "bb1b8e10df659a5b"  # of all 13,596 cells of the default dataset, wherever a copy lies
 
 
@@ -61,7 +59,7 @@ class Split(NamedTuple):
 
 
 def load_cells(dataset: str | Path = DEFAULT_DATASET) -> Cells:
-    """Load all splits of a Hub dataset or of a local folder in the same layout, or make ``phantoms[:COUNT]``.
+    """Load all splits of a Hub dataset or of a local folder in the same layout, or draw ``synthetic[:COUNT]`` of each pattern.
 
     The published split is not used: its parts share 104 pairs of duplicates.
 
@@ -99,9 +97,11 @@ class CellFile(NamedTuple):
 def dataset_files(dataset: str | Path) -> Iterator[CellFile]:
     """Yield all cells of a dataset as they were published. Takes and raises what `load_cells` does."""
     if is_synthetic(dataset):
-        yield from (CellFile(*file) for file in phantom_files(_phantoms_a_class(dataset)))
+        from hep2.synthetic import synthetic_files  # a feature, which stands on the core
+
+        yield from (CellFile(*file) for file in synthetic_files(_synthetic_a_class(dataset)))
         return
-    import datasets  # slow to import, and idle when phantoms are enough
+    import datasets  # slow to import, and idle when synthetic cells are enough
 
     names = set()
     for part, rows in _parts(dataset).items():
@@ -129,7 +129,7 @@ def dataset_files(dataset: str | Path) -> Iterator[CellFile]:
 def count_cells(dataset: str | Path) -> int:
     """Count the cells of a dataset without looking at them. Takes and raises what `load_cells` does."""
     if is_synthetic(dataset):
-        return _phantoms_a_class(dataset) * len(CLASS_NAMES)
+        return _synthetic_a_class(dataset) * len(CLASS_NAMES)
     return sum(rows.num_rows for rows in _parts(dataset).values())
 
 
@@ -141,15 +141,15 @@ def _parts(dataset: str | Path) -> "datasets.DatasetDict":
     except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise FileNotFoundError(
             f"dataset {str(dataset)!r} was not found ({error}); give a Hub dataset's OWNER/NAME, a local folder in the "
-            "same layout, or 'phantoms'"
+            "same layout, or 'synthetic'"
         ) from error
 
 
-def _phantoms_a_class(dataset: str | Path) -> int:
+def _synthetic_a_class(dataset: str | Path) -> int:
     count = str(dataset).partition(":")[2]
     if count and not count.isdecimal():
-        raise ValueError(f"{dataset!r}: give 'phantoms' or 'phantoms:COUNT', a count of cells for each pattern")
-    return int(count or PHANTOMS_A_CLASS)
+        raise ValueError(f"{dataset!r}: give 'synthetic' or 'synthetic:COUNT', a count of cells for each pattern")
+    return int(count or SYNTHETIC_A_CLASS)
 
 
 def cells_from_files(files: Iterable[CellFile], source: str) -> Cells:
@@ -168,7 +168,7 @@ def cells_from_files(files: Iterable[CellFile], source: str) -> Cells:
         if file.class_name not in CLASS_NAMES:
             raise ValueError(f"{source}: {file.name} has no label: give it one of {CLASS_NAMES}, or take it out")
         try:
-            intensity, _ = read_intensity(file.image)
+            intensity = decode(file.image).intensity
             images.append(prepare(intensity))
         except ValueError as error:
             raise ValueError(f"{source}: {file.name}: {error}") from error
@@ -183,32 +183,14 @@ def cells_from_files(files: Iterable[CellFile], source: str) -> Cells:
     )
 
 
-def audit(cells: Cells) -> dict:
-    """Count classes and duplicates, and the duplicates that lie across the parts of the dataset's own split."""
-    first = {digest: position for position, digest in reversed(list(enumerate(cells.digests)))}
-    pairs = [(first[digest], position) for position, digest in enumerate(cells.digests) if first[digest] != position]
-    return {
-        "dataset": cells.source,
-        "fingerprint": cells.fingerprint,
-        "cells": len(cells),
-        "classes": dict(zip(CLASS_NAMES, cells.labels.bincount(minlength=len(CLASS_NAMES)).tolist(), strict=True)),
-        "parts": {part: cells.parts.count(part) for part in dict.fromkeys(cells.parts)},
-        "duplicates": len(pairs),
-        "duplicates_across_parts": sum(cells.parts[one] != cells.parts[other] for one, other in pairs),
-        "duplicates_of_another_class": sum(bool(cells.labels[one] != cells.labels[other]) for one, other in pairs),
-        "pairs": [[cells.names[one], cells.names[other]] for one, other in pairs],
-    }
-
-
 def split(cells: Cells, protocol: str, seed: int = 0, fold: int = 0) -> Split:
     """Divide the cells into train, validation and test: a pure function of the dataset and the seed.
 
-    - ``paper``: all cells in one random 70:15:15 split, as in the source (9,517 / 2,040 / 2,039); duplicates fall
-      on both sides, as they did there.
-    - ``clean``: the first of each set of duplicates only, 70:15:15, stratified by class.
-    - ``specimen``: test is one fold of the block table, and no specimen in it is in any other part. Validation is one
-      other block of each class, train the rest; a class with few other blocks (Golgi has three) cannot spare one, and
-      gives a fifth of their cells. Only this protocol tells how the models do on a new patient.
+    - ``deduplicated``: the first of each set of duplicates only, 70:15:15, stratified by class.
+    - ``reference``: all cells in one random 70:15:15 split, as in the reference (9,517 / 2,040 / 2,039); duplicates
+      fall on both sides, as they did there.
+    - ``specimen``: test is one fold of the block table, and no specimen in it is in any other part; a tenth of the
+      others' cells, of each specimen, is validation. Only this protocol tells how the models do on a new patient.
 
     Raises
     ------
@@ -216,21 +198,21 @@ def split(cells: Cells, protocol: str, seed: int = 0, fold: int = 0) -> Split:
         If the protocol or fold is unknown, the dataset is too small to divide, or, for ``specimen``, if the names
         are not the ID numbers of the published dataset.
     """
+    labels = cells.labels.numpy()
     if protocol == "specimen":
         return _specimen_split(cells, seed, fold)
-    if protocol == "paper":
-        kept = np.arange(len(cells))
-        stratify = None
-    elif protocol == "clean":
-        kept = unique_cells(cells)
-        stratify = cells.labels.numpy()[kept]
-    else:
+    if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}: choose one of {PROTOCOLS}")
+    deduplicated = protocol == "deduplicated"
+    kept = unique_cells(cells) if deduplicated else np.arange(len(cells))
     test_size, train_size = round(0.15 * len(kept)), round(0.7 * len(kept))
     try:
-        rest, test = train_test_split(kept, test_size=test_size, random_state=seed, stratify=stratify)
-        stratify = None if stratify is None else cells.labels.numpy()[rest]
-        train, validation = train_test_split(rest, train_size=train_size, random_state=seed, stratify=stratify)
+        rest, test = train_test_split(
+            kept, test_size=test_size, random_state=seed, stratify=labels[kept] if deduplicated else None
+        )
+        train, validation = train_test_split(
+            rest, train_size=train_size, random_state=seed, stratify=labels[rest] if deduplicated else None
+        )
     except ValueError as error:
         raise ValueError(f"{len(kept)} cells are too few for the protocol {protocol!r}: {error}") from error
     return Split(np.sort(train), np.sort(validation), np.sort(test))
@@ -274,7 +256,7 @@ def blocks_of(cells: Cells) -> np.ndarray:
     if not all(Path(name).stem.isdecimal() for name in cells.names):
         raise ValueError(
             f"the protocol 'specimen' needs the IDs of the published dataset as file names (00001.png …), but "
-            f"{cells.source!r} has names like {cells.names[0]!r}; use 'clean' or 'paper'"
+            f"{cells.source!r} has names like {cells.names[0]!r}; use 'deduplicated' or 'reference'"
         )
     ids = np.array([int(Path(name).stem) for name in cells.names])
     position = np.searchsorted([block.last for block in blocks], ids)
@@ -283,7 +265,7 @@ def blocks_of(cells: Cells) -> np.ndarray:
     if wrong.any():
         raise ValueError(
             f"{int(wrong.sum())} cells, {cells.names[wrong.argmax()]} first, have another class than the block table "
-            "gives their ID: this is not the published dataset; use 'clean' or 'paper'"
+            "gives their ID: this is not the published dataset; use 'deduplicated' or 'reference'"
         )
     return position
 
@@ -291,21 +273,20 @@ def blocks_of(cells: Cells) -> np.ndarray:
 def _specimen_split(cells: Cells, seed: int, fold: int) -> Split:
     if fold not in range(FOLDS):
         raise ValueError(f"fold {fold} does not exist: choose 0 to {FOLDS - 1}")
-    kept = unique_cells(cells)
-    test = np.array([block.fold == fold for block in specimen_blocks()])[blocks_of(cells)[kept]]
-    return Split(*spare_specimens(cells, kept[~test], seed), kept[test])
+    kept, specimens = unique_cells(cells), blocks_of(cells)
+    held_out = np.array([block.fold == fold for block in specimen_blocks()])[specimens[kept]]
+    train, validation = train_test_split(
+        kept[~held_out], test_size=0.1, random_state=seed, stratify=specimens[kept[~held_out]]
+    )
+    return Split(np.sort(train), np.sort(validation), kept[held_out])
 
 
-def spare_specimens(cells: Cells, positions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divide positions into all but one specimen of each class, and these; of few specimens, a fifth of the cells."""
-    random = np.random.default_rng(seed)
-    specimens, labels = blocks_of(cells)[positions], cells.labels[positions].numpy()
-    spared = np.zeros(len(positions), bool)
-    for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
-        others = np.unique(specimens[own])
-        if len(others) >= BLOCKS_TO_SPARE:
-            spared |= specimens == random.choice(others)
-        else:
-            spared[random.choice(own, len(own) // 5, replace=False)] = True
-    return positions[~spared], positions[spared]
+def specimens_of(cells: Cells, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Number the specimens of some cells: each cell's number, int64, and each number's class, int64.
+
+    Where the specimens are not known, as for synthetic cells, each class counts as one.
+    """
+    known = cells.source == DEFAULT_DATASET
+    specimens = blocks_of(cells) if known else cells.labels.numpy()
+    _, first, number = np.unique(specimens[positions], return_index=True, return_inverse=True)
+    return torch.from_numpy(number), cells.labels[positions][torch.from_numpy(first)]

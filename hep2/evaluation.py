@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 from torch import Tensor
 
-from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES, SOURCE_RESULTS
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES, REFERENCE_RESULTS
 
 CALIBRATION_BINS = 15
 
@@ -96,7 +96,7 @@ def comparison_table(models: dict[str, dict], dataset: str = DEFAULT_DATASET) ->
         )
         if dataset != DEFAULT_DATASET:
             continue
-        source = SOURCE_RESULTS[name]
+        source = REFERENCE_RESULTS[name]
         lines.append(
             f"  the source's  {source['accuracy']:<10.2f}{'':12}{source['macro_precision']:<11.2f}"
             f"{source['macro_recall']:<11.2f}{source['macro_f1']:<11.2f}{source['golgi_recall']:<14.2f}"

@@ -1,226 +1,235 @@
-"""From cells to trained weights in a folder, and from weights to measured figures: what the command lines run."""
+"""From cells to a folder of measured weights: training, calibration, rejection and evaluation, each entered once."""
 
 import csv
 import hashlib
 import io
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from PIL import Image
-from sklearn.model_selection import train_test_split
+from torch import Generator, nn
 
-from hep2.data import Cells, Split, blocks_of, dataset_files, split
-from hep2.evaluation import (
-    draw_confusion,
-    draw_curves,
-    draw_reliability,
-    fit_temperature,
-    metrics,
-    save_figure,
-    train_label,
-)
-from hep2.files import read_json, write_atomically, write_json
-from hep2.imaging import read_intensity
-from hep2.models import MODELS, SpecimenSupervision, StackEnsemble, build_model, pooled_features
-from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES
-from hep2.reader import predict
-from hep2.recipes import ARCHITECTURES, RECIPES
-from hep2.refusal import fit_refusal
-from hep2.stress import measure_refusals, measure_robustness
-from hep2.training import Examples, Recipe, fit, predict_logits, tells_specimens_apart
-from hep2.weights import Weights, load_weights, refusal_fits, save_model, save_refusal
+from hep2.augmentation import as_strangers
+from hep2.checkpoints import Weights, load_classifier, read_json, save_classifier, write_atomically, write_json
+from hep2.data import Cells, Split, dataset_files, specimens_of, split
+from hep2.evaluation import draw_confusion, draw_curves, draw_reliability, fit_temperature, metrics, save_figure
+from hep2.images import decode
+from hep2.losses import AuxiliarySpecimenLoss
+from hep2.models import BASE_MODELS, MODELS, Classifier, StackEnsemble, build_model
+from hep2.patterns import CLASS_NAMES, MODEL_TITLES
+from hep2.predictor import Predictor
+from hep2.recipes import Plan
+from hep2.teacher import Teacher, Teachers
+from hep2.training import Examples, fit, predict_logits
 
 
 def train_models(
     cells: Cells,
+    parts: Split,
     output: Path,
     *,
-    names: tuple[str, ...] = tuple(MODELS),
-    recipe: str = "tuned",
-    protocol: str = "clean",
+    plan: Plan,
+    names: tuple[str, ...] = BASE_MODELS,
+    files: dict[str, Path] | None = None,
     seed: int = 0,
-    fold: int = 0,
-    changes: dict | None = None,
     accelerator: Accelerator,
     progress: bool = True,
-) -> None:
-    """Train the named models into `output`, each in a folder of its own; a model that is finished is not repeated.
+) -> dict[str, nn.Module]:
+    """Train CNN, ResCNN and ViT, or some of them, on the train cells; what is finished in `output` is not repeated.
 
-    `changes` replaces fields of every model's recipe but the ensemble's, for a shorter run, say. The ensemble is
-    fitted on the validation cells, from the members that lie in `output`.
+    Parameters
+    ----------
+    files
+        For some teachers of the plan, a local file of their pretrained weights.
+    """
+    torch.manual_seed(seed)
+    models = {name: build_model(name, plan.architectures.get(name)) for name in names}
+    train, validation = examples_of(cells, parts.train), examples_of(cells, parts.validation)
+    settings = {
+        "seed": seed,
+        "accelerator": accelerator,
+        "progress": progress,
+        "computed_from": identity_of(cells, parts),
+    }
+
+    def teacher() -> nn.Module:
+        return Teachers(train_teachers(train, validation, output, plan, files or {}, settings))
+
+    if plan.teachers:
+        recipe = plan.models[names[0]]
+        fit(models, train, validation, recipe, directory=output / "students", teacher=teacher, **settings)
+        return models
+    specimens, class_of_specimen = specimens_of(cells, parts.train)
+    for name, model in models.items():
+        recipe, losses = plan.models[name], {}
+        if recipe.auxiliary_specimen_loss:
+            losses[name] = AuxiliarySpecimenLoss(class_of_specimen, model.head.in_features, recipe.label_smoothing)
+        known = train._replace(specimens=specimens)
+        fit({name: model}, known, validation, recipe, directory=output / name, losses=losses, **settings)
+    return models
+
+
+def train_teachers(
+    train: Examples, validation: Examples, output: Path, plan: Plan, files: dict[str, Path], settings: dict
+) -> list[nn.Module]:
+    """Fine-tune the plan's pretrained networks one after the other."""
+    teachers = []
+    for name, recipe in plan.teachers.items():
+        directory = output / f"teacher-{name}"
+        started = (directory / "checkpoint.pt").exists()
+        torch.manual_seed(settings["seed"])
+        teacher = Teacher(name, files.get(name), pretrained=not started)
+        fit({directory.name: teacher}, train, validation, recipe, directory=directory, **settings)
+        teachers.append(teacher)
+    return teachers
+
+
+def examples_of(cells: Cells, positions: np.ndarray) -> Examples:
+    """Return the cells at some positions to train or measure on; those of the pattern Homogeneous are diffuse."""
+    labels = cells.labels[positions]
+    homogeneous = (labels == CLASS_NAMES.index("Homogeneous")).nonzero()[:, 0]
+    return Examples(cells.images[positions], labels, diffuse=homogeneous)
+
+
+def identity_of(cells: Cells, parts: Split) -> str:
+    """Identify a split of some cells; not by their pixels, which differ in roundings between machines."""
+    digest = hashlib.sha256(b"|".join(part.astype(np.int64).tobytes() for part in parts)).hexdigest()[:16]
+    return f"{cells.fingerprint}-{digest}"
+
+
+def assemble(
+    models: dict[str, nn.Module],
+    validation: Examples,
+    output: Path,
+    *,
+    plan: Plan,
+    seed: int = 0,
+    accelerator: Accelerator,
+    progress: bool = True,
+    computed_from: str,
+) -> Classifier:
+    """Calibrate the models, fit the stack on what CNN and ViT say, and put all into one classifier.
+
+    Temperatures (Guo et al. 2017) and stack are fitted on validation cells shifted as a stranger's: on cells like those
+    that a model was trained on it is surer of itself than a new patient's allow.
 
     Raises
     ------
     ValueError
-        If a name or recipe is unknown, if a class has no train cell, if `output` holds another run, or if the
-        ensemble's members there were trained on other cells.
-    FileNotFoundError
-        If the ensemble's members are not there.
+        If there are fewer than five validation cells of a class.
     """
-    if recipe not in RECIPES:
-        raise ValueError(f"unknown recipe {recipe!r}: choose one of {tuple(RECIPES)}")
-    if unknown := set(names) - set(MODELS):
-        raise ValueError(f"unknown models {sorted(unknown)}: choose from {tuple(MODELS)}")
+    if validation.labels.bincount(minlength=len(CLASS_NAMES)).min() < 5:
+        raise ValueError(
+            f"the ensemble needs 5 validation cells of each class; there are {len(validation.labels)} in all: use more"
+        )
+    classifier = Classifier(**models).eval()
+    images = as_strangers(validation.inputs.clone(), Generator().manual_seed(seed))
+    logits = {name: predict_logits(model, images) for name, model in models.items()}
+    temperatures = {name: fit_temperature(values, validation.labels) for name, values in logits.items()}
+    shares = torch.cat([(logits[name] / temperatures[name]).softmax(1) for name in StackEnsemble.members], dim=1)
+    stacked = Examples(shares, validation.labels)
+    # A fifth of the cells is kept aside to watch the fit.
+    watched = np.arange(len(shares)) % 5 == 0
+    fit(
+        {"ensemble": classifier.ensemble},
+        Examples(*(part[~watched] for part in stacked[:2])),
+        Examples(*(part[watched] for part in stacked[:2])),
+        plan.models["ensemble"],
+        directory=output / "ensemble",
+        seed=seed,
+        accelerator=accelerator,
+        progress=progress,
+        computed_from=computed_from,
+    )
+    temperatures["ensemble"] = fit_temperature(predict_logits(classifier.ensemble, shares), validation.labels)
+    classifier.temperatures.copy_(torch.tensor([temperatures[name] for name in MODELS]))
+    return classifier
+
+
+def train(
+    cells: Cells,
+    output: Path,
+    *,
+    plan: Plan,
+    recipe: str,
+    names: tuple[str, ...] = tuple(MODELS),
+    protocol: str = "deduplicated",
+    seed: int = 0,
+    fold: int = 0,
+    files: dict[str, Path] | None = None,
+    fit_rejection: Callable[[Classifier, Examples, Examples, int], dict],
+    accelerator: Accelerator,
+    progress: bool = True,
+) -> dict:
+    """Train, calibrate, measure and save; returns the content of `metrics.json`, on the main process alone.
+
+    Without all models in `names` there is nothing to save but their checkpoints: they are measured, no more.
+
+    Parameters
+    ----------
+    fit_rejection
+        Fits a classifier's rejection on train and validation cells, and returns how, JSON-able; see `hep2.rejection`.
+
+    Raises
+    ------
+    ValueError
+        If the cells do not suffice, or `output` holds another run, or another process trains into it.
+    """
     parts = split(cells, protocol, seed, fold)
     if missing := set(range(len(CLASS_NAMES))) - set(cells.labels[parts.train].tolist()):
         lacking = ", ".join(CLASS_NAMES[number] for number in sorted(missing))
         raise ValueError(f"{cells.source}: no cell of {lacking} to train on: give some of each of the six patterns")
-    origin = {
-        "recipe": recipe,
-        "protocol": protocol,
-        "seed": seed,
-        "fold": fold if protocol == "specimen" else None,
-        "dataset": cells.source,
-        "dataset_fingerprint": cells.fingerprint,
-    }
-    for name in (name for name in MODELS if name in names):
-        if name == "ensemble":
-            settings = RECIPES[recipe][name]
-            _train_ensemble(cells, parts, output, settings, origin, accelerator, progress)
-            continue
-        settings = replace(RECIPES[recipe][name], **(changes or {}))
-        torch.manual_seed(seed)
-        model = build_model(name, ARCHITECTURES[recipe][name])
-        fitted, train = to_train(model, cells, parts.train, settings)
-        validation = examples_of(cells, parts.validation)
-        history = fit(
-            fitted,
-            train,
-            validation,
-            settings,
-            directory=output / name,
-            seed=seed,
-            accelerator=accelerator,
-            progress=progress,
-        )
-        if accelerator.is_main_process:
-            logits = predict_logits(model.cpu(), validation.inputs)
-            temperature = fit_temperature(logits, validation.labels)
-            _save(output, name, model, settings, origin, history, temperature, accelerator)
-        accelerator.wait_for_everyone()
-
-
-def to_train(
-    model: torch.nn.Module, cells: Cells, positions: np.ndarray, recipe: Recipe
-) -> tuple[torch.nn.Module, Examples]:
-    """Return what to fit so that `model` is trained by a recipe on the cells at some positions, and the examples."""
-    specimens, class_of_specimen = specimens_of(cells, positions)
-    examples = examples_of(cells, positions)._replace(specimens=specimens)
-    if tells_specimens_apart(recipe):
-        model = SpecimenSupervision(model, class_of_specimen)
-    return model, examples
-
-
-def specimens_of(cells: Cells, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Number the specimens of some cells: each cell's number, int64, and each number's class, int64.
-
-    Where the specimens are not known, as for phantoms, each class counts as one.
-    """
-    known = cells.source == DEFAULT_DATASET
-    specimens = torch.from_numpy(blocks_of(cells)) if known else cells.labels
-    _, first, number = np.unique(specimens[positions].numpy(), return_index=True, return_inverse=True)
-    return torch.from_numpy(number), cells.labels[positions][torch.from_numpy(first)]
-
-
-def _train_ensemble(
-    cells: Cells, parts: Split, output: Path, settings: Recipe, origin: dict, accelerator: Accelerator, progress: bool
-) -> None:
-    members = load_weights(output, StackEnsemble.member_names, with_refusal=False)
-    for name in StackEnsemble.member_names:
-        trained = members.configs[name]["training"]
-        for key in ("dataset_fingerprint", "protocol", "seed", "fold"):
-            if trained[key] != origin[key]:
-                raise ValueError(
-                    f"{output / name} was trained with {key} {trained[key]!r}, the ensemble is to be fitted with "
-                    f"{origin[key]!r}: it would learn from cells its members know; train them again"
-                )
-    ensemble = StackEnsemble(*members.models.values(), tuple(map(members.temperature, StackEnsemble.member_names)))
-    ensemble.eval()
-    images, labels, *_ = examples_of(cells, parts.validation)
-    with torch.no_grad():
-        inputs = torch.cat([ensemble.member_probabilities(batch) for batch in images.split(256)])
-    if labels.bincount(minlength=len(CLASS_NAMES)).min() < 5:
+    validation = examples_of(cells, parts.validation)
+    whole = "ensemble" in names
+    if whole and validation.labels.bincount(minlength=len(CLASS_NAMES)).min() < 5:
         raise ValueError(
-            f"the ensemble needs 5 validation cells of each class; there are {len(labels)} in all: use more"
+            f"the ensemble needs 5 validation cells of each class; of {len(cells)} cells {len(validation.labels)} are "
+            "for validation: use more cells, or train single models with --models"
         )
-    # The members never trained on the validation cells. A fifth of them is kept aside to watch the fit.
-    fitted, watched = train_test_split(
-        np.arange(len(labels)), test_size=0.2, random_state=origin["seed"], stratify=labels.numpy()
-    )
-    history = fit(
-        ensemble.linear,
-        Examples(inputs[fitted], labels[fitted]),
-        Examples(inputs[watched], labels[watched]),
-        settings,
-        directory=output / "ensemble",
-        seed=origin["seed"],
-        accelerator=accelerator,
-        progress=progress,
-        computed_from=_content_of_members(output, cells),
-    )
-    if accelerator.is_main_process:
-        temperature = fit_temperature(ensemble.linear.cpu()(inputs), labels)
-        _save(output, "ensemble", ensemble, settings, origin, history, temperature, accelerator)
-        train_refusal(cells, parts, output, origin)
-    accelerator.wait_for_everyone()
+    settings = {"plan": plan, "seed": seed, "accelerator": accelerator, "progress": progress}
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".lock", timeout=0)  # two trainings would write over each other's weights
+    try:
+        if accelerator.is_main_process:
+            lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"another process trains into {output}: wait for its end, or give another --output"
+        ) from error
+    with lock if accelerator.is_main_process else nullcontext():
+        models = train_models(
+            cells, parts, output, names=tuple(n for n in BASE_MODELS if n in names), files=files, **settings
+        )
+        if not accelerator.is_main_process:
+            return {}
+        if not whole:
+            return measure_models(models, cells, parts.test, output)
+        classifier = assemble(models, validation, output, computed_from=identity_of(cells, parts), **settings)
+        rejection = fit_rejection(classifier, examples_of(cells, parts.train), validation, seed)
+        origin = {
+            "recipe": recipe,
+            "protocol": protocol,
+            "seed": seed,
+            "fold": fold if protocol == "specimen" else None,
+            "dataset": cells.source,
+            "dataset_fingerprint": cells.fingerprint,
+            "mixed_precision": accelerator.mixed_precision,
+            "versions": {package: version(package) for package in ("torch", "timm", "accelerate")},
+            "teachers": {name: asdict(settings) for name, settings in plan.teachers.items()},
+        }
+        how = {name: {"settings": asdict(plan.models[name])} for name in MODELS}
+        save_classifier(output, classifier, training=origin, models=how, rejection=rejection)
+        return evaluate(load_classifier(output), cells, output)
 
 
-def _content_of_members(output: Path, cells: Cells) -> str:
-    # Not their folders' revision: that has temperatures in it, which other roundings change.
-    digest = hashlib.sha256(cells.fingerprint.encode())
-    for name in StackEnsemble.member_names:
-        digest.update((output / name / "model.safetensors").read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def train_refusal(cells: Cells, parts: Split, output: Path, origin: dict) -> None:
-    """Teach the single models in `output` what is no cell, unless that is done: see `hep2.refusal`."""
-    members = tuple(name for name in MODELS if name != "ensemble" and (output / name / "config.json").exists())
-    if refusal_fits(output, members, origin):
-        return
-    weights = load_weights(output, members, with_refusal=False)
-
-    @torch.inference_mode()
-    def features_of(images: torch.Tensor) -> list[torch.Tensor]:
-        return [
-            torch.cat([pooled_features(model, batch) for batch in images.split(64)])
-            for model in weights.models.values()
-        ]
-
-    train, validation = examples_of(cells, parts.train), cells.images[parts.validation]
-    refusal = fit_refusal(members, features_of, train.inputs, train.labels, validation, origin["seed"])
-    save_refusal(output, refusal, members, training=origin)
-
-
-def _save(
-    output: Path,
-    name: str,
-    model: torch.nn.Module,
-    settings: Recipe,
-    origin: dict,
-    history: list[dict],
-    temperature: float,
-    accelerator: Accelerator,
-) -> None:
-    versions = {package: version(package) for package in ("torch", "timm", "accelerate")}
-    last = {key: history[-1][key] for key in ("epoch", "validation_loss", "validation_accuracy")}
-    training = origin | {
-        "settings": asdict(settings),
-        "mixed_precision": accelerator.mixed_precision,
-        "processes": accelerator.num_processes,
-        "versions": versions,
-        "seconds": round(sum(record["seconds"] for record in history)),
-    }
-    save_model(output, name, model, training=training, temperature=temperature, metrics=last)
-    curves = draw_curves(history, MODEL_TITLES[name], train_label(training))
-    save_figure(curves, output / name / "curves.png")
-
-
-def evaluate_weights(
+def evaluate(
     weights: Weights,
     cells: Cells,
     output: Path,
@@ -232,21 +241,19 @@ def evaluate_weights(
     """Measure weights on the test part of a protocol, and write `metrics.json`, `predictions.csv` and the figures.
 
     Protocol, seed and fold are those the weights were trained with, unless given. Returns the content of
-    `metrics.json`, which takes in what `hep2.specimens` has left in `output/specimen` and `output/specimen-own`.
+    `metrics.json`, which takes in what `python -m benchmarks.held_out_specimens` has left in `output/held_out`.
 
     Raises
     ------
     ValueError
         If any test cell was among the cells that the weights were trained, calibrated or stacked on.
     """
-    trained = _trained(weights)
+    trained = weights.training
     protocol = trained["protocol"] if protocol is None else protocol
     seed = trained["seed"] if seed is None else seed
     fold = (trained["fold"] or 0) if fold is None else fold
     test = split(cells, protocol, seed, fold).test
     check_unseen(weights, cells, test)
-    answers, refused = predict(weights, cells.images[test])
-    labels = cells.labels[test].numpy()
     result = {
         "protocol": protocol,
         "seed": seed,
@@ -256,106 +263,44 @@ def evaluate_weights(
         "dataset_fingerprint": cells.fingerprint,
         "trained_on_fingerprint": trained["dataset_fingerprint"],
         "revision": weights.revision,
-        # Measured over all cells, those that would get no verdict among them.
-        "models": {name: metrics(values, labels) for name, values in answers.items()},
-        "refused": float(refused.mean()),
     }
-    # Where the run was also measured on held-out specimens, its figures travel with the others: those of the recipe
-    # that does best there, and, if that is another, those of the weights' own.
-    if (output / "specimen" / "metrics.json").exists():
-        result["specimen"] = read_json(output / "specimen" / "metrics.json")
-    if (output / "specimen-own" / "metrics.json").exists():
-        own = read_json(output / "specimen-own" / "metrics.json")
-        kept = ("folds", "seed", "recipe", "changes", "refused", "models", "blocks")
-        result["specimen_own"] = {key: own[key] for key in kept}
-    output.mkdir(parents=True, exist_ok=True)
-    names = [cells.names[position] for position in test]
-    text = predictions_csv(names, [CLASS_NAMES[label] for label in labels], answers)
-    write_atomically(output / "predictions.csv", text.encode())
+    answers = Predictor(weights)(cells.images[test])
+    # Measured over all cells, rejected ones among them.
+    result |= {"rejected": float(answers.rejected.mean()), **measure(answers.probabilities, cells, test, output)}
+    if (output / "held_out" / "metrics.json").exists():
+        result["specimen"] = read_json(output / "held_out" / "metrics.json")
     for name, measured in result["models"].items():
         title = f"{MODEL_TITLES[name]}, {protocol} protocol, {len(test):,} test cells"
         save_figure(draw_confusion(measured, title), output / f"confusion_{name}.png")
         save_figure(draw_reliability(measured, MODEL_TITLES[name]), output / f"reliability_{name}.png")
+        if history := weights.history(name):
+            (output / name).mkdir(exist_ok=True)
+            save_figure(draw_curves(history, MODEL_TITLES[name]), output / name / "curves.png")
     write_json(output / "metrics.json", result)  # last: where it lies, the rest lies too
     return result
 
 
-def stress_weights(weights: Weights, cells: Cells, dataset: str | Path) -> dict:
-    """Measure weights on spoilt cells of the test part of their own split, and on images that are no cells."""
-    test, trained = own_split(weights, cells).test, _trained(weights)
-    wanted = {cells.names[position]: int(cells.labels[position]) for position in test}
-    published = [file for file in dataset_files(dataset) if file.name in wanted]
-    images = [read_intensity(file.image)[0] for file in published]
-    labels = np.array([wanted[file.name] for file in published])
-    return {
-        "protocol": trained["protocol"],
-        "seed": trained["seed"],
-        "test_size": len(test),
-        "revision": weights.revision,
-        "robustness": measure_robustness(weights, images, labels),
-        "refusals": measure_refusals(weights, cells.images[test][:, 0].numpy()),
-    }
+def measure_models(models: dict[str, nn.Module], cells: Cells, test: np.ndarray, output: Path) -> dict:
+    """Measure single models, uncalibrated, on the cells at some positions."""
+    images = cells.images[test]
+    return measure({n: predict_logits(m, images).softmax(1).numpy() for n, m in models.items()}, cells, test, output)
 
 
-def own_split(weights: Weights, cells: Cells) -> Split:
-    """Return the split that the weights were trained by.
-
-    Raises
-    ------
-    ValueError
-        If they were trained on other cells than these, or have seen a cell of its test part.
-    """
-    trained = _trained(weights)
-    if trained["dataset_fingerprint"] != cells.fingerprint:
-        raise ValueError(
-            f"the weights were trained on {trained['dataset']} (fingerprint {trained['dataset_fingerprint']}), and "
-            f"which cells of {cells.source} (fingerprint {cells.fingerprint}) they have not seen cannot be told: "
-            "give the whole of that dataset"
-        )
-    parts = split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0)
-    check_unseen(weights, cells, parts.test)
-    return parts
-
-
-def _trained(weights: Weights) -> dict:
-    """Return how the weights were trained, of the ensemble's members if they are there."""
-    return weights.configs["cnn" if "cnn" in weights.configs else next(iter(weights.configs))]["training"]
-
-
-def held_out_examples(
-    weights: Weights, cells: Cells, dataset: str | Path, per_class: int = 5
-) -> dict[str, tuple[str, bytes]]:
-    """Draw cells of each class from the test part of the weights' own split: file name to class name and PNG bytes.
-
-    The names are those of the published files, as PNG.
-    """
-    parts, random = own_split(weights, cells), np.random.default_rng(_trained(weights)["seed"])
-    # The protocol `paper` has duplicates on both sides.
-    seen = {cells.digests[position] for position in (*parts.train, *parts.validation)}
-    test = np.array([position for position in parts.test if cells.digests[position] not in seen])
-    chosen = [
-        random.permutation(test[cells.labels.numpy()[test] == label])[:per_class] for label in range(len(CLASS_NAMES))
-    ]
-    names = {cells.names[position] for positions in chosen for position in positions}
-    examples = {}
-    for published in dataset_files(dataset):
-        if published.name in names:
-            intensity, _ = read_intensity(published.image)
-            file = io.BytesIO()
-            Image.fromarray(_whole_numbers(intensity)).save(file, "PNG")
-            name = published.name if published.name.lower().endswith(".png") else f"{published.name}.png"
-            examples[name] = (published.class_name, file.getvalue())
-    return examples
-
-
-def _whole_numbers(intensity: np.ndarray) -> np.ndarray:
-    """Turn an image of any range into 8 bits where they are enough, else 16; what fits neither is scaled into them."""
-    low, high = float(intensity.min()), float(intensity.max())
-    if low < 0 or high > 65535:
-        intensity, high = 65535 * (intensity.astype(np.float64) - low) / (high - low), 65535
-    elif high <= 1:
-        intensity, high = 255 * intensity, 255
-    return intensity.astype(np.uint16 if high > 255 else np.uint8)
+def measure(probabilities: dict[str, np.ndarray], cells: Cells, test: np.ndarray, output: Path) -> dict:
+    """Measure each model's probabilities (cells, 6) at some positions, and write them into `predictions.csv`."""
+    labels = cells.labels[test].numpy()
+    output.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    columns = [f"{model}_{column}" for model in probabilities for column in ("verdict", *CLASS_NAMES)]
+    table.writerow(["file", "label", *columns])
+    for row, position in enumerate(test):
+        line = [cells.names[position], CLASS_NAMES[labels[row]]]
+        for values in probabilities.values():
+            line += [CLASS_NAMES[int(values[row].argmax())], *(f"{p:.6f}" for p in values[row])]
+        table.writerow(line)
+    write_atomically(output / "predictions.csv", text.getvalue().encode())
+    return {"models": {name: metrics(values, labels) for name, values in probabilities.items()}}
 
 
 def check_unseen(weights: Weights, cells: Cells, test: np.ndarray) -> None:
@@ -363,36 +308,46 @@ def check_unseen(weights: Weights, cells: Cells, test: np.ndarray) -> None:
 
     Of another dataset than theirs that cannot be told.
     """
-    for name, config in weights.configs.items():
-        trained = config["training"]
-        if trained["dataset_fingerprint"] != cells.fingerprint:
-            continue
-        parts = split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0)
-        seen = np.isin(test, np.concatenate([parts.train, parts.validation]))
-        if seen.any():
-            raise ValueError(
-                f"{int(seen.sum()):,} of the {len(test):,} test cells were used to train {name} (protocol "
-                f"{trained['protocol']!r}, seed {trained['seed']}): evaluate with that protocol and seed, or train "
-                "weights for this one"
+    trained = weights.training
+    if trained["dataset_fingerprint"] != cells.fingerprint:
+        return
+    parts = split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0)
+    seen = np.isin(test, np.concatenate([parts.train, parts.validation]))
+    if seen.any():
+        raise ValueError(
+            f"{int(seen.sum()):,} of the {len(test):,} test cells were used to train the weights (protocol "
+            f"{trained['protocol']!r}, seed {trained['seed']}): evaluate with that protocol and seed, or train "
+            "weights for this one"
+        )
+
+
+def held_out_examples(weights: Weights, cells: Cells, dataset: str | Path, count: int = 5) -> dict[str, tuple[str, bytes]]:
+    """Draw `count` cells of each class from the test part of the weights' own split.
+
+    Returns file names, mapped to class name and PNG bytes.
+
+    Raises
+    ------
+    ValueError
+        If the weights were trained on other cells, of which it can't be told which they have seen.
+    """
+    trained = weights.training
+    if trained["dataset_fingerprint"] != cells.fingerprint:
+        raise ValueError(f"the weights were trained on {trained['dataset']}, not on {cells.source}: give that dataset")
+    parts = split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0)
+    # The protocol `reference` has duplicates on both sides.
+    seen = {cells.digests[position] for position in (*parts.train, *parts.validation)}
+    test = np.array([position for position in parts.test if cells.digests[position] not in seen])
+    labels, random = cells.labels.numpy()[test], np.random.default_rng(trained["seed"])
+    chosen = [random.permutation(test[labels == label])[:count] for label in range(len(CLASS_NAMES))]
+    names = {cells.names[position] for position in np.concatenate(chosen)}
+    examples = {}
+    for file in dataset_files(dataset):
+        if file.name in names:
+            intensity = decode(file.image).intensity
+            data = io.BytesIO()
+            Image.fromarray(np.clip(intensity, 0, 65535).astype("uint8" if intensity.max() < 256 else "uint16")).save(
+                data, "PNG"
             )
-
-
-def predictions_csv(names: list[str], labels: list[str], answers: dict[str, np.ndarray]) -> str:
-    """Write one line a cell: file, label, then each model's verdict and six probabilities."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    columns = [f"{model}_{column}" for model in answers for column in ("verdict", *CLASS_NAMES)]
-    table.writerow(["file", "label", *columns])
-    for position, (name, label) in enumerate(zip(names, labels, strict=True)):
-        row = [name, label]
-        for values in answers.values():
-            row += [CLASS_NAMES[int(values[position].argmax())], *(f"{p:.6f}" for p in values[position])]
-        table.writerow(row)
-    return text.getvalue()
-
-
-def examples_of(cells: Cells, positions: np.ndarray) -> Examples:
-    """Return the cells at some positions to train or measure on; those of the pattern Homogeneous are diffuse."""
-    labels = cells.labels[positions]
-    homogeneous = (labels == CLASS_NAMES.index("Homogeneous")).nonzero()[:, 0]
-    return Examples(cells.images[positions], labels, diffuse=homogeneous)
+            examples[f"{Path(file.name).stem}.png"] = (file.class_name, data.getvalue())
+    return examples

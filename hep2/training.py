@@ -1,120 +1,40 @@
-"""Recipes and the one loop that trains any model on tensors: it knows no model and no dataset."""
+"""The one loop that trains any models on tensors: it knows no model and no dataset."""
 
-import ctypes
 import hashlib
 import io
 import json
 import math
-import platform
-import sys
 import time
-from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
 from torch import Generator, Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from hep2.augmentation import PAPER_ANGLES, add_nuclear_stain, augment_paper, augment_tuned, draw_share, to_device
-from hep2.files import write_atomically
+from hep2.augmentation import REFERENCE_ANGLES, augment, mix_up, rotate_as_reference
+from hep2.checkpoints import write_atomically
+from hep2.losses import Batch, CrossEntropy
+from hep2.recipes import Recipe
 
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything that decides how a model is trained, apart from its architecture, the cells and the seed."""
-
-    epochs: int
-    batch_size: int  # over all processes together
-    optimizer: Literal["sgd", "adamw"]
-    learning_rate: float
-    momentum: float = 0.9  # of SGD
-    weight_decay: float = 0.0
-    schedule: Literal["constant", "one-cycle"] = "constant"
-    warm_up: float = 0.15  # share of the steps, for one-cycle
-    label_smoothing: float = 0.0
-    gradient_norm: float | None = None  # clipped to this
-    augmentation: Literal["none", "paper", "tuned"] = "none"
-    gain: float = 0.2  # how far the tuned augmentation changes gain and gamma; see `hep2.augmentation`
-    zoom: float = 0.0  # the same for scale,
-    sharpness: float = 0.0  # for focus,
-    haze: float = 0.0  # for diffuse stain,
-    noise: float = 0.0  # for noise,
-    exposure: float = 0.0  # and for light that is too bright,
-    share: float = 1.0  # in this share of the images
-    nuclear_stain: float = 0.0  # in this share of the images, for diffuse stain of another nucleus
-    finish: float = 0.0  # share of the epochs, the last, with a cycle of their own at half the learning rate,
-    finish_changes: dict[str, float | str | bool] | None = None  # and with these fields changed; see `in_epoch`
-    cutmix: float = 0.0  # share of the batches in which a patch of each image comes from another
-    style_mixing: float = 0.0  # share of the batches whose cells exchange the statistics of their early features
-    focal: float = 0.0  # how much less a sure answer weighs: the exponent of the focal loss (Lin et al. 2017)
-    class_balance: Literal["none", "weights", "sampling", "specimens"] = "none"
-    specimen_supervision: bool = False  # to tell specimens apart as well; see `hep2.models.SpecimenSupervision`
-    ema_decay: float | None = None  # weights are averaged over the steps with this decay, and the average is kept
-    patience: int | None = None  # stop after this many epochs without a better validation loss; keep the best
-    min_delta: float = 0.0  # the smallest difference that counts as better
-
-    def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {allowed}")
-        for name in ("share", "nuclear_stain", "finish", "cutmix", "style_mixing", "warm_up", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: give a share between 0 and 1")
-        if self.augmentation == "paper" and self.class_balance in ("sampling", "specimens"):
-            raise ValueError("augmentation='paper' shows each cell in six rotations: it draws no cells by their class")
-        if self.specimen_supervision and self.class_balance != "none":
-            raise ValueError("with specimen_supervision each specimen is a class: set class_balance='none'")
-        tuned = (*_OF_THE_AUGMENTATION, "nuclear_stain")
-        idle = [
-            field.name for field in fields(self) if field.name in tuned and getattr(self, field.name) != field.default
-        ]
-        if idle and self.augmentation != "tuned":
-            raise ValueError(f"{', '.join(idle)}: a part of augmentation='tuned'; choose that, or leave it out")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience is {self.patience}: give one epoch or more, or None")
-        if self.style_mixing and self.specimen_supervision:
-            raise ValueError("style_mixing with specimen_supervision is not made: choose one")
-        if self.finish_changes is not None:
-            if unknown := set(self.finish_changes) - set(_OF_THE_FINISH):
-                raise ValueError(f"finish_changes has {sorted(unknown)}: a finish can change {_OF_THE_FINISH}")
-            if not self.finish or not self.finish_changes:
-                raise ValueError("finish_changes needs a finish, a share of the epochs, and one change or more")
-            replace(self, finish_changes=None, **self.finish_changes)  # which says what does not fit
-        if self.focal and self.class_balance == "weights":
-            raise ValueError("focal and class_balance='weights' both weigh the loss: choose one")
-        if self.epochs < 1 or self.batch_size < 2 or self.learning_rate <= 0:
-            raise ValueError(
-                f"epochs, batch_size (2 or more, for batch norm) and learning_rate must be positive: {self}"
-            )
-
-
-STEPS_BETWEEN_LOOKS = 16  # at the loss, for which a card must be waited for
-
-_OF_THE_AUGMENTATION = ("gain", "zoom", "sharpness", "haze", "noise", "exposure", "share")
-# All that is read every epoch.
-_OF_THE_FINISH = (*_OF_THE_AUGMENTATION, "nuclear_stain", "cutmix", "class_balance", "specimen_supervision")
-_CHOICES = {
-    "optimizer": ("sgd", "adamw"),
-    "schedule": ("constant", "one-cycle"),
-    "augmentation": ("none", "paper", "tuned"),
-    "class_balance": ("none", "weights", "sampling", "specimens"),
-}
+MEASURING_BATCH = 512
+WARM_UP_STEPS = 3  # that run as they are before a step is recorded as a CUDA graph
 
 
 class Examples(NamedTuple):
     """Inputs float32 of shape (examples, …), for images (examples, 1, 78, 78), and labels int64 of (examples,).
 
-    `specimens`, int64 of (examples,), is needed by recipes that draw specimens evenly or tell them apart, and
-    `diffuse`, the positions of the examples that show a nucleus stained diffusely, int64, by recipes that add such
-    stain.
+    `specimens`, int64 of (examples,), is needed by recipes that draw specimens evenly or have the auxiliary specimen
+    loss, and `diffuse`, the positions of the examples that show a nucleus stained diffusely, int64, by recipes that
+    add such stain.
     """
 
     inputs: Tensor
@@ -124,7 +44,7 @@ class Examples(NamedTuple):
 
 
 def fit(
-    model: nn.Module,
+    models: dict[str, nn.Module],
     train: Examples,
     validation: Examples,
     recipe: Recipe,
@@ -132,60 +52,79 @@ def fit(
     directory: Path,
     seed: int,
     accelerator: Accelerator,
-    progress: bool = True,
+    losses: dict[str, nn.Module] | None = None,
+    teacher: Callable[[], nn.Module] | None = None,
     computed_from: str | None = None,
-) -> list[dict]:
-    """Train `model` in place and return one record an epoch, which `directory/log.jsonl` holds too.
+    progress: bool = True,
+) -> dict[str, list[dict]]:
+    """Train models in place, side by side on the same batches; returns for each one record an epoch.
 
     Every epoch ends with a checkpoint in `directory`, written whole or not at all. Called again with the same
-    arguments after any interruption, it goes on behind the last whole epoch and ends with the same weights: all
-    randomness of an epoch comes from (seed, epoch, process), so nothing of it needs to be carried over. Inputs that
-    another machine would compute with other roundings are told apart by what they were `computed_from`.
+    arguments after any interruption, it goes on behind the last whole epoch, on a CPU to the same weights: all
+    randomness of an epoch comes from (seed, epoch, process), so nothing of it needs to be carried over.
+
+    Parameters
+    ----------
+    models
+        By name. They end in evaluation mode, on the CPU.
+    losses
+        For some of the models, what is minimized: a module that takes the model and a `Batch` and returns loss and
+        logits. The others have `CrossEntropy`.
+    teacher
+        Makes what gives probabilities (batch, classes) for images, for models that are to match them. It is not called
+        where nothing is left to train.
+    computed_from
+        Names the examples; without it they are told from others by their content.
 
     Raises
     ------
     ValueError
         If `directory` holds a checkpoint of another recipe, seed, model or dataset, or if the recipe needs parts of
-        the examples, or of the model, that are not given.
+        the examples that are not given.
     FloatingPointError
         If the loss is no longer finite.
     """
-    needed = _parts_needed(recipe)
-    if "diffuse" in needed and (train.diffuse is None or not len(train.diffuse)):
+    a = recipe.augmentation
+    if a is not None and a.nuclear_stain and (train.diffuse is None or not len(train.diffuse)):
         raise ValueError("the recipe adds diffuse nuclear stain: give examples that show it, as `diffuse`")
-    if "specimens" in needed and train.specimens is None:
-        raise ValueError("the recipe draws specimens evenly, or tells them apart: give the examples' `specimens`")
-    if tells_specimens_apart(recipe) and not hasattr(model, "telling_apart"):
-        raise ValueError("the recipe tells specimens apart: give a model that can, as `SpecimenSupervision`")
-    if recipe.style_mixing and not hasattr(model, "early_layers"):
-        raise ValueError("the recipe mixes the styles of early features: give a model that has `early_layers`")
+    if (recipe.class_balance == "specimens" or recipe.auxiliary_specimen_loss) and train.specimens is None:
+        raise ValueError("the recipe draws specimens evenly, or has a loss of them: give the examples' `specimens`")
+    if recipe.patience is not None and len(models) > 1:
+        raise ValueError("patience stops one model's training: train the models one by one")
     directory.mkdir(parents=True, exist_ok=True)
-    if accelerator.device.type == "cpu":
-        _keep_memory()
-    run = _Run(model, train, validation, recipe, directory, seed, accelerator, computed_from)
-    size = _examples_per_epoch(train, recipe)
-    bar = tqdm(
-        total=recipe.epochs * size,
-        initial=run.state["epoch"] * size,
-        unit="image",
-        unit_scale=True,
-        desc=directory.name,
-        disable=not (progress and accelerator.is_main_process),
-    )
-    with bar:
-        while run.state["epoch"] < recipe.epochs and not run.is_stale():
-            run.train_epoch(bar)
-            run.save()
+    run = _Run(models, losses or {}, train, validation, recipe, directory, seed, accelerator, computed_from)
+    if not run.state["finished"]:
+        run.train_all(teacher() if teacher else None, progress)
     run.finish()
-    return run.state["history"]
+    return run.state["histories"]
 
 
-def _keep_memory() -> None:
-    """Let glibc keep the memory it frees: each step needs the same again, and new pages cost a fifth of its time."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+class _Trainee(NamedTuple):
+    """A model in training: with its loss one module, which accelerate wraps for mixed precision and many processes."""
+
+    model: nn.Module
+    objective: nn.Module
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    rate: float  # the highest learning rate
+    averaged: ModelEmaV3 | None
+
+    @property
+    def kept(self) -> nn.Module:
+        return self.model if self.averaged is None else self.averaged.module
+
+    def tensors(self) -> dict:
+        parts = {"objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return parts | ({} if self.averaged is None else {"averaged": self.averaged.module.state_dict()})
+
+
+class _Objective(nn.Module):
+    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.loss(self.model, batch)
 
 
 class _Run:
@@ -193,7 +132,8 @@ class _Run:
 
     def __init__(
         self,
-        model: nn.Module,
+        models: dict[str, nn.Module],
+        losses: dict[str, nn.Module],
         train: Examples,
         validation: Examples,
         recipe: Recipe,
@@ -202,390 +142,303 @@ class _Run:
         accelerator: Accelerator,
         computed_from: str | None,
     ) -> None:
-        self.identity = _identity(model, train, validation, recipe, seed, accelerator, computed_from)
         self.recipe, self.directory, self.seed, self.accelerator = recipe, directory, seed, accelerator
-        # Accelerate changes a model's forward pass for good: this one measures in full precision.
-        self.measured = deepcopy(model).to(accelerator.device)
-        # Convolutions run about a third faster with the channels last, on CPUs and GPUs alike.
-        self.model = model.to(accelerator.device, memory_format=torch.channels_last)
+        self.models = models
+        self.identity = {
+            "recipe": json.dumps(asdict(recipe), sort_keys=True),
+            "seed": seed,
+            "models": {name: repr(model) for name, model in models.items()},
+            "examples": computed_from or [_digest(train), _digest(validation)],
+            "processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+        }
         self.train, self.validation = (
             Examples(*(None if part is None else part.to(accelerator.device) for part in examples))
             for examples in (train, validation)
         )
-        if recipe.style_mixing:
-            for layer in model.early_layers():
-                layer.register_forward_hook(partial(mix_style, share=recipe.style_mixing))
-        self.averaged = None
-        if recipe.ema_decay is not None:
-            self.averaged = _MovingAverage(model, recipe.ema_decay)
-        # Accelerate wraps the forward pass for mixed precision and for several processes.
-        self.wrapped, self.optimizer = accelerator.prepare(model, _optimizer(model, recipe))
-        self.state = {"epoch": 0, "history": [], "best_loss": float("inf"), "best_epoch": 0, "best": None}
-        self.restore()
+        self.count = len(train.labels) * (len(REFERENCE_ANGLES) if recipe.rotations else 1)
+        self.batch_size = min(recipe.batch_size, self.count)
+        self.steps = self.count // self.batch_size  # an epoch; the few cells that are left over change every epoch
+        self.state = {
+            "epoch": 0,
+            "finished": False,
+            "histories": {name: [] for name in models},
+            "best_loss": math.inf,
+            "best_epoch": 0,
+            "best": None,
+        }
+        self.saved = self._read()
+        if not self.state["finished"]:
+            self.trainees = {name: self._prepared(name, model, losses.get(name)) for name, model in models.items()}
+            self.generator = Generator(accelerator.device)
+            self.graph = None
 
-    def train_epoch(self, bar: tqdm) -> None:
-        started = time.perf_counter()
-        epoch, accelerator = self.state["epoch"], self.accelerator
-        order = _generator(self.seed, epoch)  # the same in all processes
-        own = _generator(self.seed, epoch, 1 + accelerator.process_index)
-        torch.manual_seed(int(torch.randint(2**31, (), generator=own)))  # for stochastic depth
-        self.model.train()
-        # Loss, right ones, examples: left on the device, since to fetch them is to wait for it.
-        totals = torch.zeros(3, device=accelerator.device)
-        recipe = in_epoch(self.recipe, epoch)
-        if hasattr(self.model, "telling_apart"):
-            self.model.telling_apart = recipe.specimen_supervision
-        classes = int(_targets(self.train, recipe).max()) + 1
-        class_weights = _class_weights(self.train.labels) if recipe.class_balance == "weights" else None
-        batches = _batches(self.train, recipe, order)
-        for step, batch in enumerate(batches):
-            rate = _learning_rate(self.recipe, epoch + step / len(batches))
-            share = to_device(batch[accelerator.process_index :: accelerator.num_processes], accelerator.device)
-            totals += self.step(share, recipe, classes, class_weights, rate, own)
-            if step % STEPS_BETWEEN_LOOKS == 0 or step == len(batches) - 1:
-                loss, _, count = totals.tolist()
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: lower the learning rate")
-                bar.set_postfix(epoch=epoch + 1, loss=f"{loss / count:.3f}", refresh=False)
-            bar.update(len(batch))
-        self.record(accelerator.reduce(totals), rate, time.perf_counter() - started)
-
-    def step(
-        self,
-        share: Tensor,
-        recipe: Recipe,
-        classes: int,
-        class_weights: Tensor | None,
-        rate: float,
-        generator: Generator,
-    ) -> Tensor:
-        """Take one step on the examples at the positions `share`; returns their summed loss, right ones and count."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        inputs, labels = _augmented(self.train, share, recipe, generator)
-        targets = F.one_hot(labels, classes).float()
-        if recipe.cutmix and torch.rand((), generator=generator) < recipe.cutmix:
-            inputs, targets = cutmix(inputs, targets, generator)
-        logits = self.wrapped(inputs).float()
-        smoothing = recipe.label_smoothing
-        loss = F.cross_entropy(logits, targets, weight=class_weights, label_smoothing=smoothing)
-        if recipe.focal:
-            loss = focal_loss(logits, targets, recipe.focal, smoothing)
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        if recipe.gradient_norm is not None:
-            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), recipe.gradient_norm)
-        self.optimizer.step()
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
-        right = (logits.argmax(1) == labels).sum()
-        return torch.stack([loss.detach() * len(share), right, torch.full_like(right, len(share))])
-
-    def record(self, totals: Tensor, rate: float, seconds: float) -> None:
-        """Measure the weights that would be kept, and note the epoch."""
-        kept = self.model if self.averaged is None else self.averaged.module
-        self.measured.load_state_dict(kept.state_dict())
-        loss, accuracy = broadcast(torch.stack(loss_and_accuracy(self.measured, self.validation))).tolist()
-        self.state["epoch"] += 1
-        self.state["history"].append(
-            {
-                "epoch": self.state["epoch"],
-                "train_loss": round((totals[0] / totals[2]).item(), 5),
-                "train_accuracy": round((totals[1] / totals[2]).item(), 5),
-                "validation_loss": round(loss, 5),
-                "validation_accuracy": round(accuracy, 5),
-                "learning_rate": rate,
-                "images_per_second": round(totals[2].item() / seconds, 1),
-                "seconds": round(seconds, 2),
-            }
-        )
-        if self.recipe.patience is not None and loss < self.state["best_loss"] - self.recipe.min_delta:
-            best = {name: tensor.detach().clone() for name, tensor in kept.state_dict().items()}
-            self.state |= {"best_loss": loss, "best_epoch": self.state["epoch"], "best": best}
-
-    def is_stale(self) -> bool:
-        patience = self.recipe.patience
-        return patience is not None and self.state["epoch"] - self.state["best_epoch"] >= patience
-
-    def save(self) -> None:
-        if self.accelerator.is_main_process:
-            content = io.BytesIO()
-            tensors = {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "averaged": None if self.averaged is None else self.averaged.state_dict(),
-            }
-            torch.save(self.state | tensors | {"identity": self.identity}, content)
-            write_atomically(self.directory / "checkpoint.pt", content.getvalue())
-            self.write_log()
-        self.accelerator.wait_for_everyone()
-
-    def write_log(self) -> None:
-        lines = "".join(json.dumps(record) + "\n" for record in self.state["history"])
-        write_atomically(self.directory / "log.jsonl", lines.encode())
-
-    def restore(self) -> None:
+    def _read(self) -> dict | None:
         path = self.directory / "checkpoint.pt"
         if not path.exists():
-            return
+            return None
         saved = torch.load(path, weights_only=True, map_location="cpu")
         if saved["identity"] != self.identity:
             changed = [key for key in self.identity if saved["identity"].get(key) != self.identity[key]]
             raise ValueError(
                 f"{path} belongs to another run (another {', '.join(changed)}); give another --output, or delete it"
             )
-        self.model.load_state_dict(saved["model"])
-        for group, own in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
-            group["fused"] = own.get("fused")  # of this device, not of the one that saved it
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if self.averaged is not None:
-            self.averaged.load_state_dict(saved["averaged"])
         self.state = {key: saved[key] for key in self.state}
         if self.accelerator.is_main_process:
-            self.write_log()  # killed between the two, the run has left it an epoch short of the checkpoint
+            self._write_logs()  # killed between the two, the run has left them an epoch short of the checkpoint
+        return saved
+
+    def _prepared(self, name: str, model: nn.Module, loss: nn.Module | None) -> _Trainee:
+        recipe, accelerator = self.recipe, self.accelerator
+        objective = _Objective(model, loss or CrossEntropy(recipe.label_smoothing))
+        # Convolutions run about a third faster with the channels last, on CPUs and GPUs alike.
+        objective.to(accelerator.device, memory_format=torch.channels_last)
+        averaged = None if recipe.ema_decay is None else ModelEmaV3(model, recipe.ema_decay, use_warmup=True)
+        rate = recipe.learning_rate * recipe.learning_rate_scale.get(name, 1.0)
+        if recipe.optimizer == "sgd":
+            groups = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.SGD(groups, rate, recipe.momentum, weight_decay=recipe.weight_decay)
+        else:
+            # Norms, biases and tokens have no scale to be kept small: decay goes to matrices and filters alone.
+            skipped = [key for key, parameter in objective.named_parameters() if parameter.squeeze().ndim <= 1]
+            groups = param_groups_weight_decay(objective, recipe.weight_decay, skipped)
+            groups = [group for group in groups if group["params"]]
+            on_gpu = accelerator.device.type == "cuda"
+            # A rate that lies on the GPU can be changed for a step that is recorded as a CUDA graph.
+            rate_there = torch.tensor(rate, device=accelerator.device) if on_gpu else rate
+            optimizer = torch.optim.AdamW(groups, rate_there, fused=on_gpu or None, capturable=on_gpu)
+        if self.saved is not None:
+            tensors = self.saved["trainees"][name]
+            objective.load_state_dict(tensors["objective"])
+            # Of this device, not of the one that saved them.
+            own = [{key: group.get(key) for key in ("lr", "fused", "capturable")} for group in optimizer.param_groups]
+            optimizer.load_state_dict(tensors["optimizer"])
+            for group, settings in zip(optimizer.param_groups, own, strict=True):
+                group.update(settings)
+            if averaged is not None:
+                averaged.module.load_state_dict(tensors["averaged"])
+        wrapped, prepared = accelerator.prepare(objective, optimizer)
+        return _Trainee(model, objective, wrapped, prepared, rate, averaged)
+
+    def train_all(self, teacher: nn.Module | None, progress: bool) -> None:
+        device = self.accelerator.device
+        self.teacher = None if teacher is None else teacher.to(device, memory_format=torch.channels_last).eval()
+        bar = tqdm(
+            total=self.recipe.epochs * self.count,
+            initial=self.state["epoch"] * self.count,
+            unit="image",
+            unit_scale=True,
+            desc=self.directory.name,
+            disable=not (progress and self.accelerator.is_main_process),
+        )
+        with bar:
+            while self.state["epoch"] < self.recipe.epochs and not self._is_stale():
+                self._train_epoch(bar)
+                self._save({name: trainee.tensors() for name, trainee in self.trainees.items()})
+
+    def _train_epoch(self, bar: tqdm) -> None:
+        started = time.perf_counter()
+        epoch, accelerator = self.state["epoch"], self.accelerator
+        order = self._order(Generator().manual_seed(_seed(self.seed, epoch)))  # the same in all processes
+        self.generator.manual_seed(_seed(self.seed, epoch, 1 + accelerator.process_index))
+        torch.manual_seed(_seed(self.seed, epoch, 1 + accelerator.process_index))  # for dropout and stochastic depth
+        for trainee in self.trainees.values():
+            trainee.wrapped.train()
+        # Loss, right ones, examples of each model: left on the device, since to fetch them is to wait for it.
+        totals = torch.zeros(len(self.trainees), 3, device=accelerator.device)
+        for step, positions in enumerate(order.to(accelerator.device)):
+            done = epoch * self.steps + step
+            self._set_learning_rates(done / (self.recipe.epochs * self.steps))
+            totals += self._step(positions[accelerator.process_index :: accelerator.num_processes])
+            for trainee in self.trainees.values():
+                if trainee.averaged is not None:
+                    trainee.averaged.update(trainee.model, step=done + 1)
+            bar.update(self.batch_size)
+        totals = accelerator.reduce(totals).cpu()
+        if not torch.isfinite(totals).all():
+            raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: lower the learning rate")
+        self._record(totals, time.perf_counter() - started)
+
+    def _step(self, positions: Tensor) -> Tensor:
+        """Take one step, and after the first few, on a GPU of one's own, replay it: launches cost more than the work."""
+        if self.accelerator.device.type != "cuda" or self.accelerator.num_processes > 1:
+            return self._train_step(positions)
+        if self.graph is None:
+            self.graph = _RecordedStep(self._train_step, positions, self.generator)
+        return self.graph(positions)
+
+    def _train_step(self, positions: Tensor) -> Tensor:
+        """Train every model on the examples at some positions: summed loss, right ones and count, (models, 3)."""
+        batch, totals = self._batch(positions), []
+        truth = batch.labels if batch.targets is None else batch.targets.argmax(1)
+        for trainee in self.trainees.values():
+            loss, logits = trainee.wrapped(batch)
+            trainee.optimizer.zero_grad()
+            self.accelerator.backward(loss)
+            if self.recipe.gradient_norm is not None:
+                self.accelerator.clip_grad_norm_(trainee.wrapped.parameters(), self.recipe.gradient_norm)
+            trainee.optimizer.step()
+            right = (logits.argmax(1) == truth).sum()
+            totals.append(torch.stack([loss.detach() * len(truth), right, torch.full_like(right, len(truth))]))
+        return torch.stack(totals)
+
+    def _batch(self, positions: Tensor) -> Batch:
+        recipe, train, generator = self.recipe, self.train, self.generator
+        # Under rotations example i is cell i % n at angle i // n, which makes the reference's 57,102 out of 9,517.
+        cells = positions % len(train.labels)
+        inputs, labels = train.inputs[cells], train.labels[cells]
+        if recipe.rotations:
+            inputs = rotate_as_reference(inputs, positions // len(train.labels), generator)
+        elif recipe.augmentation is not None:
+            nuclei = None
+            if recipe.augmentation.nuclear_stain:
+                draw = torch.randint(len(train.diffuse), (len(cells),), device=cells.device, generator=generator)
+                nuclei = train.inputs[train.diffuse[draw]]
+            inputs = augment(inputs, recipe.augmentation, generator, nuclei)
+        targets = None
+        if self.teacher is not None:
+            inputs = mix_up(inputs, generator) if recipe.mix_up else inputs
+            with torch.no_grad(), self.accelerator.autocast():
+                targets = self.teacher(inputs)
+        specimens = None if train.specimens is None else train.specimens[cells]
+        return Batch(inputs.contiguous(memory_format=torch.channels_last), labels, specimens, targets)
+
+    def _order(self, generator: Generator) -> Tensor:
+        """Draw the positions of one epoch's examples: int64 of shape (steps, batch)."""
+        size = self.steps * self.batch_size
+        if self.recipe.class_balance == "specimens":
+            weight = weights_of_specimens(self.train.labels.cpu(), self.train.specimens.cpu())
+            return torch.multinomial(weight, size, replacement=True, generator=generator).view(self.steps, -1)
+        return torch.randperm(self.count, generator=generator)[:size].view(self.steps, -1)
+
+    def _set_learning_rates(self, progress: float) -> None:
+        for trainee in self.trainees.values():
+            rate = trainee.rate * _relative_rate(self.recipe, progress)
+            for group in trainee.optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+
+    def _record(self, totals: Tensor, seconds: float) -> None:
+        """Measure the weights that would be kept, and note the epoch."""
+        self.state["epoch"] += 1
+        for (name, trainee), (loss, right, count) in zip(self.trainees.items(), totals.tolist(), strict=True):
+            measured = broadcast(torch.stack(loss_and_accuracy(trainee.kept, self.validation))).tolist()
+            record = {
+                "epoch": self.state["epoch"],
+                "train_loss": round(loss / count, 5),
+                "train_accuracy": round(right / count, 5),
+                "validation_loss": round(measured[0], 5),
+                "validation_accuracy": round(measured[1], 5),
+                "learning_rate": float(trainee.optimizer.param_groups[0]["lr"]),
+                "images_per_second": round(count / seconds, 1),
+                "seconds": round(seconds, 2),
+            }
+            self.state["histories"][name].append(record)
+            if self.recipe.patience is not None and measured[0] < self.state["best_loss"] - self.recipe.min_delta:
+                best = {key: tensor.detach().cpu().clone() for key, tensor in trainee.kept.state_dict().items()}
+                self.state |= {"best_loss": measured[0], "best_epoch": self.state["epoch"], "best": best}
+
+    def _is_stale(self) -> bool:
+        patience = self.recipe.patience
+        return patience is not None and self.state["epoch"] - self.state["best_epoch"] >= patience
+
+    def _save(self, trainees: dict) -> None:
+        if self.accelerator.is_main_process:
+            content = io.BytesIO()
+            torch.save(self.state | {"trainees": trainees, "identity": self.identity}, content)
+            write_atomically(self.directory / "checkpoint.pt", content.getvalue())
+            self._write_logs()
+        self.accelerator.wait_for_everyone()
+
+    def _write_logs(self) -> None:
+        for name, history in self.state["histories"].items():
+            folder = self.directory.parent / name
+            folder.mkdir(exist_ok=True)
+            write_atomically(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in history).encode())
 
     def finish(self) -> None:
-        """Leave the weights to keep in the model, unwrapped and in evaluation mode: it reads at full precision now."""
-        model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        if self.state["best"] is not None:
-            model.load_state_dict(self.state["best"])
-        elif self.averaged is not None:
-            model.load_state_dict(self.averaged.module.state_dict())
-        model.eval()
+        """Leave the weights to keep in the models, and a checkpoint of them alone."""
+        if self.state["finished"]:
+            kept = self.saved["trainees"]
+        else:
+            kept = {name: trainee.kept.state_dict() for name, trainee in self.trainees.items()}
+            if self.state["best"] is not None:
+                kept = {name: self.state["best"] for name in kept}
+            kept = {name: {key: tensor.cpu() for key, tensor in tensors.items()} for name, tensors in kept.items()}
+            self.state |= {"finished": True, "best": None}
+            self._save(kept)
+        for name, model in self.models.items():
+            model.cpu().load_state_dict(kept[name])
+            model.eval()
 
 
-class _MovingAverage(AveragedModel):
-    """The moving average of a model's weights and running statistics; counts and masks are the model's own."""
+class _RecordedStep:
+    """A training step as a CUDA graph, which replays all of its launches at once."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        super().__init__(model, use_buffers=True)
-        self.decay = decay
+    def __init__(self, step: Callable[[Tensor], Tensor], positions: Tensor, generator: Generator) -> None:
+        self.step, self.generator = step, generator
+        self.positions, self.taken, self.graph, self.totals = positions.clone(), 0, None, None
+        self.stream = torch.cuda.Stream()
 
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        # The count stays on the CPU: PyTorch's own update waits for the card several times a step to read it.
-        count = int(self.n_averaged)
-        # The first steps count for less, or the untrained start would linger in the average.
-        decay = min(self.decay, (1 + count) / (10 + count)) if count else 0.0
-        pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
-        averaged, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-        torch._foreach_lerp_(averaged, current, 1 - decay)
-        for kept, own in pairs:
-            if not kept.is_floating_point():
-                kept.copy_(own)
-        self.n_averaged += 1
-
-
-def _identity(
-    model: nn.Module,
-    train: Examples,
-    validation: Examples,
-    recipe: Recipe,
-    seed: int,
-    accelerator: Accelerator,
-    computed_from: str | None,
-) -> dict:
-    """Return what must be the same for a run to go on: all that decides its steps."""
-    # Under a constant rate the number of epochs changes no step: such a run can be made longer.
-    same_path = {"epochs"} if recipe.schedule == "constant" and not recipe.finish else set()
-    default = {field.name: field.default for field in fields(Recipe)}
-    changed = {key: value for key, value in asdict(recipe).items() if value != default[key]}
-    return {
-        "recipe": {key: value for key, value in changed.items() if key not in same_path},
-        "seed": seed,
-        "model": repr(model),
-        "examples": computed_from or [_content(train, recipe), _content(validation, recipe)],
-        "processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-    }
-
-
-def _content(examples: Examples, recipe: Recipe) -> str:
-    digest = hashlib.sha256(examples.inputs.contiguous().numpy())
-    digest.update(examples.labels.contiguous().numpy())
-    # What a recipe does not read decides none of its steps.
-    for name in _parts_needed(recipe):
-        if (part := getattr(examples, name)) is not None:  # validation may lack it
-            digest.update(name.encode() + part.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    def __call__(self, positions: Tensor) -> Tensor:
+        self.positions.copy_(positions)
+        if self.taken < WARM_UP_STEPS:
+            self.taken += 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                totals = self.step(self.positions)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return totals
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph):
+                self.totals = self.step(self.positions)
+        self.graph.replay()
+        return self.totals
 
 
 @torch.inference_mode()
-def loss_and_accuracy(model: nn.Module, examples: Examples, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+def loss_and_accuracy(model: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
     """Return the mean cross-entropy and the accuracy, two scalars, of a model in evaluation mode."""
-    logits = predict_logits(model, examples.inputs, batch_size)
-    accuracy = (logits.argmax(1) == examples.labels).float().mean()
-    return F.cross_entropy(logits, examples.labels), accuracy
+    logits = predict_logits(model, examples.inputs)
+    return F.cross_entropy(logits, examples.labels), (logits.argmax(1) == examples.labels).float().mean()
 
 
 @torch.inference_mode()
-def predict_logits(model: nn.Module, inputs: Tensor, batch_size: int = 256) -> Tensor:
+def predict_logits(model: nn.Module, inputs: Tensor) -> Tensor:
     """Return float32 logits (examples, classes), in evaluation mode and full precision."""
     training = model.training
     model.eval()
-    logits = torch.cat([model(batch).float() for batch in inputs.split(batch_size)])
+    logits = torch.cat([model(batch).float() for batch in inputs.split(MEASURING_BATCH)])
     model.train(training)
     return logits
 
 
-def cutmix(images: Tensor, targets: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Replace one rectangle of each image by that of another, and mix the targets by area (Yun et al. 2019)."""
-    rows, columns = images.shape[-2:]
-    area = torch.rand((), generator=generator).item()
-    height, width = round(rows * area**0.5), round(columns * area**0.5)
-    top = int(torch.randint(rows - height + 1, (), generator=generator))
-    left = int(torch.randint(columns - width + 1, (), generator=generator))
-    other = to_device(torch.randperm(len(images), generator=generator), images.device)
-    images = images.clone()
-    images[..., top : top + height, left : left + width] = images[other, ..., top : top + height, left : left + width]
-    share = height * width / (rows * columns)
-    return images, (1 - share) * targets + share * targets[other]
-
-
-def mix_style(layer: nn.Module, inputs: tuple, features: Tensor, *, share: float) -> Tensor:
-    """Mix each image's mean and spread per channel with another's: MixStyle (Zhou et al. 2021), as a forward hook.
-
-    Those statistics carry much of how a slide was stained and imaged. Acts in training alone, on `share` of the
-    batches, with a weight from Beta(0.1, 0.1), as there.
-    """
-    if not layer.training or torch.rand(()) >= share:
-        return features
-    known = features.detach().float()
-    mean, spread = known.mean((2, 3), keepdim=True), known.std((2, 3), keepdim=True) + 1e-6
-    other = torch.randperm(len(features), device=features.device)
-    weight = torch.distributions.Beta(0.1, 0.1).sample((len(features), 1, 1, 1)).to(features.device)
-    new_mean, new_spread = weight * mean + (1 - weight) * mean[other], weight * spread + (1 - weight) * spread[other]
-    return (features - mean.to(features)) * (new_spread / spread).to(features) + new_mean.to(features)
-
-
-def focal_loss(logits: Tensor, targets: Tensor, exponent: float, smoothing: float) -> Tensor:
-    """Return the mean cross-entropy, each example's times what is missing to certainty, to the power `exponent`."""
-    certainty = torch.exp(-F.cross_entropy(logits, targets, reduction="none"))
-    losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
-    return ((1 - certainty) ** exponent * losses).mean()
-
-
-def _examples_per_epoch(train: Examples, recipe: Recipe) -> int:
-    return len(train.labels) * (len(PAPER_ANGLES) if recipe.augmentation == "paper" else 1)
-
-
-def _batches(train: Examples, recipe: Recipe, generator: Generator) -> tuple[Tensor, ...]:
-    """Shuffle the examples of one epoch into batches of nearly the same size, none larger than the recipe's."""
-    count = _examples_per_epoch(train, recipe)
-    if recipe.class_balance in ("sampling", "specimens"):
-        weight = _class_weights(train.labels.cpu())[train.labels.cpu()]
-        if recipe.class_balance == "specimens":
-            weight = _weights_of_specimens(train.labels.cpu(), train.specimens.cpu())
-        order = torch.multinomial(weight, count, replacement=True, generator=generator)
-    else:
-        order = torch.randperm(count, generator=generator)
-    return order.tensor_split(-(-count // recipe.batch_size))
-
-
-def _beginning(recipe: Recipe) -> int:
-    """Return the number of epochs before the finish, which has one at least: all of them where there is no finish."""
-    return recipe.epochs - (max(1, round(recipe.finish * recipe.epochs)) if recipe.finish else 0)
-
-
-def _parts_needed(recipe: Recipe) -> list[str]:
-    """Return which parts of the train examples a recipe reads besides inputs and labels, in its finish or before."""
-    phases = _phases(recipe)
-    evenly = any(phase.class_balance == "specimens" for phase in phases)
-    needed = {
-        "specimens": evenly or tells_specimens_apart(recipe),
-        "diffuse": any(phase.nuclear_stain for phase in phases),
-    }
-    return [name for name, read in needed.items() if read]
-
-
-def tells_specimens_apart(recipe: Recipe) -> bool:
-    """Say whether a recipe needs a model under specimen supervision, in its finish or before."""
-    return any(phase.specimen_supervision for phase in _phases(recipe))
-
-
-def _phases(recipe: Recipe) -> tuple[Recipe, Recipe]:
-    """Return the recipe as it is in the first epoch and in the last."""
-    return in_epoch(recipe, 0), in_epoch(recipe, recipe.epochs - 1)
-
-
-def _targets(train: Examples, recipe: Recipe) -> Tensor:
-    return train.specimens if recipe.specimen_supervision else train.labels
-
-
-def in_epoch(recipe: Recipe, epoch: int) -> Recipe:
-    """Return the recipe as it is in an epoch, counted from 0: in the finish, with its changes."""
-    changes = recipe.finish_changes if epoch >= _beginning(recipe) else None
-    return replace(recipe, finish_changes=None, **(changes or {}))
-
-
-def _augmented(train: Examples, index: Tensor, recipe: Recipe, generator: Generator) -> tuple[Tensor, Tensor]:
-    # In the paper's recipe example i is cell i % n under rotation i // n, which makes its 57,102 out of 9,517.
-    cell, angle = index % len(train.labels), index // len(train.labels)
-    inputs, labels = train.inputs[cell], _targets(train, recipe)[cell]
-    if recipe.augmentation == "paper":
-        inputs = augment_paper(inputs, angle, generator)
-    elif recipe.augmentation == "tuned":
-        if recipe.nuclear_stain:
-            inputs = _with_nuclear_stain(inputs, train, recipe.nuclear_stain, generator)
-        inputs = augment(inputs, recipe, generator)
-    return inputs, labels
-
-
-def _with_nuclear_stain(inputs: Tensor, train: Examples, share: float, generator: Generator) -> Tensor:
-    chosen = draw_share(inputs, share, generator)
-    if not len(chosen):
-        return inputs
-    drawn = torch.randint(len(train.diffuse), chosen.shape, generator=generator)
-    nuclei = train.diffuse[to_device(drawn, inputs.device)]
-    return inputs.index_copy(0, chosen, add_nuclear_stain(inputs[chosen], train.inputs[nuclei], generator))
-
-
-def augment(images: Tensor, recipe: Recipe, generator: Generator) -> Tensor:
-    """Change images (batch, 1, 78, 78) as a recipe with the tuned augmentation says, but for the nuclear stain."""
-    return augment_tuned(images, generator, **{name: getattr(recipe, name) for name in _OF_THE_AUGMENTATION})
-
-
-def _class_weights(labels: Tensor) -> Tensor:
-    """Return a weight for each class, inverse to its count, 1 on average over the examples."""
-    counts = labels.bincount().clamp(min=1)
-    return len(labels) / (len(counts) * counts)
-
-
-def _weights_of_specimens(labels: Tensor, specimens: Tensor) -> Tensor:
+def weights_of_specimens(labels: Tensor, specimens: Tensor) -> Tensor:
     """Return a weight for each example under which all classes, and in a class all specimens, weigh the same."""
-    cells = specimens.bincount()[specimens]
-    weight = 1 / cells.double()  # every specimen weighs 1 in all
+    weight = 1 / specimens.bincount()[specimens].double()  # every specimen weighs 1 in all
     return weight / torch.zeros(int(labels.max()) + 1, dtype=torch.float64).index_add(0, labels, weight)[labels]
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-        )
-    # Norms, biases and tokens have no scale to be kept small: decay goes to matrices and filters alone.
-    decayed = [parameter for parameter in parameters if parameter.squeeze().ndim > 1]
-    others = [parameter for parameter in parameters if parameter.squeeze().ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, recipe.learning_rate, fused=parameters[0].is_cuda or None)
-
-
-def _learning_rate(recipe: Recipe, epochs: float) -> float:
-    """Return the learning rate after so many `epochs`, whole and broken ones."""
+def _relative_rate(recipe: Recipe, progress: float) -> float:
+    """Return the learning rate after a share of all steps, beside the highest one."""
     if recipe.schedule == "constant":
-        return recipe.learning_rate
-    start, highest, length = 0, recipe.learning_rate, _beginning(recipe)
-    if epochs >= length:
-        # The second cycle bends what the first has learned; at the full rate it would learn it anew.
-        start, highest, length = length, recipe.learning_rate / 2, recipe.epochs - length
-    progress = (epochs - start) / length
+        return 1.0
     if progress < recipe.warm_up:
-        return highest * (0.02 + 0.98 * progress / recipe.warm_up)
-    descent = (progress - recipe.warm_up) / (1 - recipe.warm_up)
-    return highest * 0.5 * (1 + math.cos(math.pi * descent))
+        return 0.02 + 0.98 * progress / recipe.warm_up
+    return 0.5 * (1 + math.cos(math.pi * (progress - recipe.warm_up) / (1 - recipe.warm_up)))
 
 
-def _generator(*key: int) -> Generator:
-    return Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+def _seed(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _digest(examples: Examples) -> str:
+    digest = hashlib.sha256()
+    for part in examples:
+        if part is not None:
+            digest.update(part.contiguous().numpy())
+    return digest.hexdigest()[:16]
