@@ -20,6 +20,7 @@ from hep2.data import load_cells
 from hep2.hub import find_weights
 from hep2.images import decode
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES, is_synthetic
+from hep2.pipeline import held_out_examples
 from hep2.predictor import Predictor
 from hep2.ui import api
 from hep2.ui.fragments import counts_html, examples_html, image_uri, models_html, stretched
@@ -45,12 +46,12 @@ MODELS_SHOWN = f"""<fieldset id="shown" class="choices"><legend>Models shown</le
     )
 }</fieldset>"""
 DOUBTFUL_ONLY = '<p class="choices"><label><input type="checkbox" id="doubtful"> Doubtful ones only</label></p>'
-ABOUT = f"""### How it works
+ABOUT = f"""## How it works
 1. An image is decoded and resized to 78 × 78 pixels, and its 1st and 99th intensity percentiles become black and white.
 2. CNN, ResCNN and ViT each give six calibrated probabilities; the stack ensemble combines CNN and ViT into the verdict.
 3. An image unlike the training cells is rejected. In a field each cell is found first, and the verdicts are pooled.
 
-### How to cite
+## How to cite
 The dataset [{DEFAULT_DATASET}](https://huggingface.co/datasets/{DEFAULT_DATASET}), the course report that comes with
 it, and the International Consensus on ANA Patterns ([anapatterns.org](https://www.anapatterns.org)); see the README."""
 CONCURRENT = 8  # requests to /classify that are answered at once; more cost memory and gain nothing
@@ -94,8 +95,6 @@ def examples_of(weights: Weights, dataset: str | None, folder: Path) -> tuple[di
     """
     cells = weights.examples()
     if dataset:
-        from hep2.pipeline import held_out_examples
-
         held_out = held_out_examples(weights, load_cells(dataset), dataset)
         for name, (label, data) in held_out.items():
             path = folder / label / name

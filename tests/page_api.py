@@ -14,8 +14,10 @@ def upload(web: httpx2.Client, name: str, data: bytes) -> dict:
 
 
 def call(web: httpx2.Client, endpoint: str, *arguments) -> tuple[str, object]:
-    """Call an endpoint; returns its last event, complete or error, and the data."""
-    event = web.post(f"gradio_api/call/{endpoint}", json={"data": list(arguments)}).json()["event_id"]
-    text = web.get(f"gradio_api/call/{endpoint}/{event}").text
+    """Call an endpoint; returns its last event, complete or error, and the data; or "refused" and why."""
+    answer = web.post(f"gradio_api/call/{endpoint}", json={"data": list(arguments)})
+    if answer.status_code != 200:
+        return "refused", answer.json()
+    text = web.get(f"gradio_api/call/{endpoint}/{answer.json()['event_id']}").text
     kind, data = re.findall(r"event: (\w+)\ndata: (.*)", text)[-1]
     return kind, json.loads(data)

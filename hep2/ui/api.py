@@ -14,7 +14,7 @@ from fastapi import HTTPException, Request
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-ENDPOINTS = ("classify", "classify_batch", "explain", "specimen", "models")
+ENDPOINTS = {"classify": 3, "classify_batch": 3, "explain": 3, "specimen": 4, "models": 0}  # and how many inputs
 NO_IMAGE = "no image came; give one: PNG, JPEG, TIFF, BMP or WebP"
 FITTING = (
     "an image is a data URI or base64 text, or a file that was uploaded to /gradio_api/upload before, as handle_file "
@@ -112,7 +112,11 @@ async def guard(request: Request) -> None:
     if name and name not in (*ENDPOINTS, "predict"):  # predict is what the page itself posts its events to
         raise HTTPException(404, f"there is no endpoint /{name}: there are /{', /'.join(ENDPOINTS)}")
     if request.headers.get("content-type", "").startswith("application/json"):
-        left = [await request.json()]
+        content = await request.json()
+        if name in ENDPOINTS and isinstance(content, dict) and isinstance(content.get("data"), list):
+            # Gradio wants all inputs: who leaves out the last ones means what is usual.
+            content["data"][:] = [*content["data"], *[None] * ENDPOINTS[name]][: ENDPOINTS[name]]
+        left = [content]
         while left:
             value = left.pop()
             if isinstance(value, dict) and "path" in value and "meta" in value and not is_upload(value["path"]):

@@ -95,7 +95,7 @@ def examples_html(examples: Iterable[tuple[str, str, str, np.ndarray]], kind: st
             f'<button type="button" data-click="{escape(identity)}" aria-pressed="false" aria-label="Classify example '
             f'{escape(spoken)}" title="{escape(spoken)}"><img src="{source}" alt=""></button>'
         )
-    body = "".join(f"<h3>{escape(caption)}</h3><div>{buttons}</div>" for caption, buttons in rows.items())
+    body = "".join(f"<h2>{escape(caption)}</h2><div>{buttons}</div>" for caption, buttons in rows.items())
     return f'<div class="examples {kind}">{body}</div>'
 
 
