@@ -1,16 +1,14 @@
 """Time and memory against the number of cells: through the command line, and through the page's API.
 
-    python -m benchmarks.growth [--counts 10 100 1000 10000] [--many 100000]
+    python -m benchmarks.growth [--counts 1000 10000] [--many 100000]
 
-Draws synthetic cells into a temporary folder, and prints two tables in Markdown. The first has `--counts` cells through
-both ways. The second has `--many` through the command line: by one process, and by two of `accelerate launch` that are
-killed half-way and started again. Memory is the most that the reading processes have held together. Seconds include
-their start, or, for the API, sending the files.
+Draws synthetic cells into a temporary folder. `--counts` go both ways, `--many` through the command line alone: once as
+it is, and once killed half-way and started again. Memory is the most that the processes have held together. Seconds
+include their start, or, for the API, sending the images. Some 12 minutes of two idle cores.
 """
 
-import argparse
+import base64
 import csv
-import json
 import os
 import signal
 import socket
@@ -18,28 +16,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import httpx2
 import psutil
+from gradio_client import Client
 from PIL import Image
 
+from benchmarks.common import line, make_parser, table
 from hep2.patterns import CLASS_NAMES
-from hep2.phantoms import phantom_files
+from hep2.synthetic import synthetic_files
 
-SENT_TOGETHER = 200  # files in one request
 DRAWN = 10_000  # cells; more are the same under other names
+WAITING = 120  # seconds for the page to start
 ROOT = Path(__file__).parents[1]
-ALONE = ["-m"]
-IN_TWO = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, and print; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", type=int, nargs="*", default=(10, 100, 1000, 10_000), help="at most 10,000 each")
+    """Measure, and print two tables in Markdown; returns the exit status."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--counts", type=int, nargs="*", default=(1000, 10_000), help="at most 10,000 each")
     parser.add_argument("--many", type=int, default=100_000, help="0 leaves them out")
     arguments = parser.parse_args(argv)
     if max(arguments.counts, default=0) > DRAWN:
@@ -48,154 +45,96 @@ def main(argv: list[str] | None = None) -> int:
         cells = Path(name) / "cells"
         cells.mkdir()
         if arguments.counts:
-            print("| cells | classify, s | cells a second | MB | /classify_batch, s | cells a second | MB |")
-            print("|---|---|---|---|---|---|---|", flush=True)
-            with serving() as (address, process):
+            ways = ("classify", "/classify_batch")
+            print(table(["cells", *(f"{way}, {what}" for way in ways for what in ("s", "cells a second", "MB"))]))
+            with serving() as (client, page):
                 for count in sorted(arguments.counts):
-                    measure_both(fill(cells, count), f"{address}gradio_api", process)
+                    files = fill(cells, count)
+                    seconds, memory = classify(cells, Path(name) / f"{count}.csv", count)
+                    started = time.perf_counter()
+                    images = [base64.b64encode(file.read_bytes()).decode() for file in files]
+                    answers = client.predict(images, None, None, api_name="/classify_batch")
+                    served = time.perf_counter() - started
+                    if len(answers) != count or any("error" in answer for answer in answers):
+                        raise RuntimeError(f"{len(answers)} answers, or an error among them, for {count} cells")
+                    row = [*figures(count, seconds, memory), *figures(count, served, high_water(page.pid))]
+                    print(line([f"{count:,}", *row]), flush=True)
         if arguments.many:
-            print("\n| command line | cells | s | cells a second | MB |\n|---|---|---|---|---|", flush=True)
+            print("\n" + table(["command line", "cells", "s", "cells a second", "MB"]), flush=True)
             fill(cells, arguments.many)
             half = None
-            for way, launcher in (("one process", ALONE), ("two, killed half-way", IN_TWO)):
-                table = Path(name) / f"{way}.csv"
-                seconds, memory = classify(cells, table, launcher, half)
-                half = table.stat().st_size // 2
-                check(table, arguments.many)
-                row = f"{arguments.many:,} | {seconds:.0f} | {arguments.many / seconds:.0f} | {memory / 1e6:.0f}"
-                print(f"| {way} | {row} |", flush=True)
+            for way in ("at once", "killed half-way"):
+                output = Path(name) / f"{way}.csv"
+                seconds, memory = classify(cells, output, arguments.many, half)
+                half = output.stat().st_size // 2
+                print(line([way, f"{arguments.many:,}", *figures(arguments.many, seconds, memory)]), flush=True)
     return 0
 
 
-def measure_both(files: list[str], api: str, page: subprocess.Popen) -> None:
-    """Read files by the command line and by the page's API, and print a row."""
-    folder, count = Path(files[0]).parent, len(files)
-    table = folder.parent / f"{count}.csv"
-    seconds, memory = classify(folder, table)
-    check(table, count)
-    started = time.perf_counter()
-    answers = classify_batch(api, files)
-    served = time.perf_counter() - started
-    if len(answers) != count:
-        raise RuntimeError(f"{len(answers)} answers for {count} cells")
-    print(
-        f"| {count:,} | {seconds:.1f} | {count / seconds:.0f} | {memory / 1e6:.0f} | {served:.1f} | "
-        f"{count / served:.0f} | {high_water(page.pid) / 1e6:.0f} |",
-        flush=True,
-    )
+def figures(count: int, seconds: float, memory: int) -> list[str]:
+    """Set out seconds, cells a second and megabytes."""
+    return [f"{seconds:.1f}", f"{count / seconds:.0f}", f"{memory / 1e6:.0f}"]
 
 
-def fill(folder: Path, count: int) -> list[str]:
+def fill(folder: Path, count: int) -> list[Path]:
     """Fill `folder` up to `count` cells, and return their paths."""
-    there = len(list(folder.iterdir()))
-    for number, (_, image, _) in enumerate(phantom_files(-(-min(count, DRAWN) // len(CLASS_NAMES)))):
-        if there <= number < min(count, DRAWN):
+    there, drawn = len(list(folder.iterdir())), min(count, DRAWN)
+    for number, (_, image, _) in enumerate(synthetic_files(-(-drawn // len(CLASS_NAMES)))):
+        if there <= number < drawn:
             Image.fromarray(image).save(folder / f"{number:06}.png")
     for number in range(max(there, DRAWN), count):
         os.link(folder / f"{number % DRAWN:06}.png", folder / f"{number:06}.png")
-    return sorted(str(path) for path in folder.iterdir())
+    return sorted(folder.iterdir())
 
 
-def check(table: Path, count: int) -> None:
-    """Raise if a table lacks a cell, or has one twice, or one that could not be read."""
-    with open(table, newline="") as file:
-        rows = [(row["file"], row["error"]) for row in csv.DictReader(file)]
-    if len(rows) != count or len({name for name, _ in rows}) != count or any(error for _, error in rows):
-        raise RuntimeError(f"{table} has {len(rows)} rows, not each of {count} cells once and without an error")
+def classify(folder: Path, output: Path, count: int, killed_after: int | None = None) -> tuple[float, int]:
+    """Classify all cells of a folder by the command line; returns seconds and bytes.
 
-
-def classify(
-    folder: Path, table: Path, launcher: list[str] = ALONE, killed_after: int | None = None
-) -> tuple[float, int]:
-    """Read all cells of a folder by the command line; returns seconds and bytes.
-
-    Once its tables have so many bytes together, all processes are killed, and the command is given again.
+    Once its table has so many bytes, the process is killed, and the command is given again.
     """
 
     def killed() -> bool:
-        with suppress(FileNotFoundError):  # a part that has just been gathered
-            return sum(part.stat().st_size for part in table.parent.glob(f"{table.name}*")) > killed_after
-        return False
+        return output.exists() and output.stat().st_size > killed_after
 
-    arguments = ["classify", str(folder), "--output", str(table)]
-    return watched(arguments, launcher, None if killed_after is None else killed)
+    arguments = ["classify", str(folder), "--output", str(output)]
+    measured = watched(arguments, None if killed_after is None else killed)
+    with open(output, newline="") as file:
+        rows = [(row["file"], row["error"]) for row in csv.DictReader(file)]
+    if len(rows) != count or len({name for name, _ in rows}) != count or any(error for _, error in rows):
+        raise RuntimeError(f"{output} has {len(rows)} rows, not each of {count} cells once and without an error")
+    return measured
 
 
-def watched(
-    arguments: list[str], launcher: list[str] = ALONE, killed: Callable[[], bool] | None = None
-) -> tuple[float, int]:
+def watched(arguments: list[str], killed: Callable[[], bool] | None = None) -> tuple[float, int]:
     """Run `python -m hep2` with these arguments; returns seconds from its start to its end, and the bytes it held.
 
     Once `killed` says so, it is killed with all that it has started, and run again.
     """
-    command = [sys.executable, *launcher, "hep2", *arguments]
+    command = [sys.executable, "-m", "hep2", *arguments]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     started, memory = time.perf_counter(), 0
-    process = _start(command)
+    process = subprocess.Popen(command, cwd=ROOT, **quiet)
     while process.poll() is None:
-        memory = max(memory, sum(map(high_water, _family(process.pid))))
+        memory = max(memory, sum(map(high_water, family(process.pid))))
         time.sleep(0.05)
         if killed and killed():
             killed = None
-            for one in _family(process.pid):
+            for one in family(process.pid):
                 with suppress(ProcessLookupError):
                     os.kill(one, signal.SIGKILL)
             process.wait()
-            process = _start(command)
+            process = subprocess.Popen(command, cwd=ROOT, **quiet)
     if process.returncode or killed:
         raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}{', unkilled' * bool(killed)}")
     return time.perf_counter() - started, memory
 
 
-def _start(command: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=quiet, stderr=quiet)
-
-
-def _family(pid: int) -> list[int]:
+def family(pid: int) -> list[int]:
     """Return a process and all that it has started."""
     try:
         return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
     except psutil.NoSuchProcess:
         return []
-
-
-def classify_batch(api: str, files: list[str]) -> list[dict]:
-    """Send files to the page, some hundred at a time, and have them read in one request; returns the answers."""
-    sent = []
-    for start in range(0, len(files), SENT_TOGETHER):
-        parts = [("files", (Path(file).name, Path(file).read_bytes())) for file in files[start : start + SENT_TOGETHER]]
-        sent += httpx2.post(f"{api}/upload", files=parts, timeout=60).raise_for_status().json()
-    data = [[{"path": path, "meta": {"_type": "gradio.FileData"}} for path in sent]]
-    call = httpx2.post(f"{api}/call/classify_batch", json={"data": data}, timeout=60).raise_for_status().json()
-    stream = httpx2.get(f"{api}/call/classify_batch/{call['event_id']}", timeout=3600).raise_for_status().text
-    event, _, answer = stream.strip().rpartition("\n")
-    if "event: complete" not in event:
-        raise RuntimeError(f"/classify_batch answered {stream[-300:]!r}")
-    return json.loads(answer.removeprefix("data: "))[0]
-
-
-@contextmanager
-def serving():
-    """Start the page in a process of its own; gives its address and the process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "app.py", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        else:
-            raise RuntimeError(f"the page does not listen on port {port} after two minutes")
-        yield f"http://127.0.0.1:{port}/", process
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
 
 
 def high_water(pid: int) -> int:
@@ -204,7 +143,31 @@ def high_water(pid: int) -> int:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+    return next((int(text.split()[1]) * 1024 for text in lines if text.startswith("VmHWM")), 0)
+
+
+@contextmanager
+def serving() -> Iterator[tuple[Client, subprocess.Popen]]:
+    """Start the page in a process of its own; gives a client of it and the process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "app.py", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + WAITING
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError(f"the page does not listen on port {port}") from None
+                time.sleep(0.2)
+        yield Client(f"http://127.0.0.1:{port}/", verbose=False), process
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
 
 
 if __name__ == "__main__":

@@ -1,153 +1,142 @@
-"""How the models do on specimens they have never seen: the four folds, whole specimens, and a floor to compare with."""
+"""How the models do on specimens that they have never seen: four folds, and the same cells shifted as a stranger's.
 
-import csv
+    python -m benchmarks.held_out_specimens --dataset … --output DIR [--recipe default] [--teacher NAME=FILE …]
+
+Trains a whole set of weights on each fold of the protocol `specimen`; teacher, student, stack, temperature and
+rejection of a fold have seen none of its test specimens. What is finished is not repeated. `--folds` trains some folds
+alone, so that several processes can share the work; without it all are trained and measured.
+
+Writes `DIR/metrics.json` (pooled, per fold, whole specimens, shifted, a k-nearest-neighbour baseline),
+`predictions.csv` of all cells, `shifted/predictions.csv`, and a reliability figure of each model. Where DIR is
+`OUTPUT/held_out` of a training run, `hep2.pipeline.evaluate` takes the figures into that run's metrics.
+
+An H200 takes some four minutes a fold at the full length of `default`, two cores some three hours. To measure folds
+that are trained already takes some three minutes of two cores.
+"""
+
+import json
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from skimage.feature import local_binary_pattern
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from hep2.data import FOLDS, Cells, blocks_of, specimen_blocks, split
-from hep2.evaluation import (
-    draw_reliability,
-    expected_calibration_error,
-    fit_temperature,
-    metrics,
-    reliability,
-    save_figure,
+from benchmarks.common import (
+    SHIFT_SEED,
+    add_recipe,
+    count_blocks,
+    make_accelerator,
+    make_parser,
+    plan_of,
+    shifted,
+    table,
 )
-from hep2.files import read_json, write_json
-from hep2.models import MODELS, probabilities
-from hep2.patterns import CLASS_NAMES, IMAGE_SIZE, MODEL_TITLES
-from hep2.pipeline import evaluate_weights, train_models
-from hep2.weights import load_weights
+from hep2.checkpoints import load_classifier, write_json
+from hep2.data import FOLDS, Cells, Split, blocks_of, load_cells, split
+from hep2.evaluation import draw_reliability, metrics, save_figure
+from hep2.models import MODELS
+from hep2.patterns import IMAGE_SIZE, MODEL_TITLES
+from hep2.pipeline import measure, train
+from hep2.predictor import Output, Predictor
+from hep2.recipes import Plan
+from hep2.rejection import fit_rejection
 
 NEIGHBOURS = 5
-SMALLEST = 1e-7  # probability: `predictions.csv` keeps six digits, and the logarithm wants more than zero
 
 
-def evaluate_specimens(
-    cells: Cells,
-    output: Path,
-    *,
-    names: tuple[str, ...] = tuple(MODELS),
-    recipe: str = "tuned",
-    seed: int = 0,
-    changes: dict | None = None,
-    accelerator: Accelerator,
-    progress: bool = True,
-) -> dict:
-    """Train the models on each fold of the protocol `specimen`, and measure them on the specimens kept away.
+def main(argv: list[str] | None = None) -> int:
+    """Train, measure, and print a table; returns the exit status."""
+    parser = make_parser(__doc__, dataset=True)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folds", type=int, nargs="+", choices=range(FOLDS), help="train these alone, measure nothing")
+    add_recipe(parser)
+    arguments = parser.parse_args(argv)
+    cells, accelerator, (plan, files) = load_cells(arguments.dataset), make_accelerator(), plan_of(arguments)
+    for fold in arguments.folds or range(FOLDS):
+        folder = arguments.output / f"fold-{fold}"
+        if not is_finished(folder, cells, plan, recipe=arguments.recipe, seed=arguments.seed, accelerator=accelerator):
+            train(
+                cells,
+                folder,
+                plan=plan,
+                recipe=arguments.recipe,
+                protocol="specimen",
+                seed=arguments.seed,
+                fold=fold,
+                files=files,
+                fit_rejection=fit_rejection,
+                accelerator=accelerator,
+            )
+    if accelerator.is_main_process and not arguments.folds:
+        result = {"folds": FOLDS, "seed": arguments.seed, "recipe": arguments.recipe}
+        result |= measure_folds(cells, arguments.output, arguments.seed)
+        write_json(arguments.output / "metrics.json", result)
+        print(summary_table(result))
+    accelerator.end_training()
+    return 0
 
-    Everything lies in `output`, a folder a fold, and what is finished there is not repeated. Returns what
-    `output/metrics.json` holds: pooled over all cells (`models`), the same with temperatures that are fitted on new
-    specimens (`recalibrated`), per fold (`per_fold`), over whole specimens (`blocks`), and the floor of nearest
-    neighbours under both kinds of split (`floor`).
-    """
-    parts, answers, refused = [], [], []
-    for fold in range(FOLDS):
-        folder = output / f"fold-{fold}"
-        train_models(
-            cells,
-            folder,
-            names=names,
-            recipe=recipe,
-            protocol="specimen",
-            seed=seed,
-            fold=fold,
-            changes=changes,
-            accelerator=accelerator,
-            progress=progress,
-        )
-        if accelerator.is_main_process:
-            weights = load_weights(folder, names)
-            measured = folder / "metrics.json"
-            if not measured.exists() or read_json(measured)["revision"] != weights.revision:
-                evaluate_weights(weights, cells, folder)
-            parts.append(split(cells, "specimen", seed, fold).test)
-            answers.append(read_predictions(folder / "predictions.csv"))
-            refused.append(read_json(measured)["refused"] * len(parts[-1]))
-        accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return {}
-    result = {"folds": FOLDS, "seed": seed, "recipe": recipe, "changes": changes or {}}
-    result |= summarise(cells, parts, answers)
-    result["refused"] = sum(refused) / sum(map(len, parts))
-    features, labels = simple_features(cells.images[:, 0].numpy()), cells.labels.numpy()
+
+def is_finished(folder: Path, cells: Cells, plan: Plan, *, recipe: str, seed: int, accelerator: Accelerator) -> bool:
+    """Tell whether a folder holds measured weights of this very training; of another one, `train` says what to do."""
+    if not (folder / "metrics.json").exists() or not (weights := load_classifier(folder)).metrics:
+        return False
+    models = {name: weights.config["models"][name]["training"].get("settings") for name in MODELS}
+    trained = {key: weights.training.get(key) for key in ("recipe", "seed", "dataset_fingerprint", "teachers")}
+    wanted = {"recipe": recipe, "seed": seed, "dataset_fingerprint": cells.fingerprint}
+    wanted["teachers"] = {name: asdict(settings) for name, settings in plan.teachers.items()}
+    precision = weights.training.get("mixed_precision") == accelerator.mixed_precision
+    plain = json.loads(json.dumps([wanted, {name: asdict(settings) for name, settings in plan.models.items()}]))
+    return precision and plain == [trained, models]
+
+
+def measure_folds(cells: Cells, output: Path, seed: int = 0) -> dict:
+    """Measure the weights in `output/fold-0` and so on, each on its own test cells as they are and shifted."""
     folds = [split(cells, "specimen", seed, fold) for fold in range(FOLDS)]
-    result["floor"] = {
-        "clean": nearest_neighbours(features, labels, [split(cells, "clean", seed)]),
-        "specimen": nearest_neighbours(features, labels, folds),
-    }
-    write_json(output / "metrics.json", result)
+    plain, strangers = [], []
+    for fold, parts in enumerate(folds):
+        predictor = Predictor(load_classifier(output / f"fold-{fold}"))
+        images = cells.images[parts.test]
+        plain.append(predictor(images))
+        strangers.append(predictor(shifted(images, SHIFT_SEED + fold)))
+    result = summarise(cells, folds, plain, output)
     for name, measured in result["models"].items():
-        title = f"{MODEL_TITLES[name]}, held-out specimens"
-        save_figure(draw_reliability(measured, title), output / f"reliability_{name}.png")
-        other = draw_reliability(result["recalibrated"][name], f"{title}, recalibrated")
-        save_figure(other, output / f"reliability_recalibrated_{name}.png")
-    return result
-
-
-def summarise(cells: Cells, parts: list[np.ndarray], answers: list[dict[str, np.ndarray]]) -> dict:
-    """Measure answers, for each fold those of each model, (cells, 6), over cells, folds and whole specimens."""
-    labels = cells.labels.numpy()
-    test = np.concatenate(parts)
-    pooled = {model: np.concatenate([fold[model] for fold in answers]) for model in answers[0]}
-    other = {
-        model: recalibrated([fold[model] for fold in answers], [labels[part] for part in parts]) for model in pooled
-    }
-    return {
-        "models": {model: metrics(values, labels[test]) for model, values in pooled.items()},
-        "recalibrated": {
-            model: {
-                "ece": expected_calibration_error(values, labels[test]),
-                "temperatures": temperatures,
-                "reliability": reliability(values, labels[test]),
-            }
-            for model, (values, temperatures) in other.items()
+        figure = draw_reliability(measured, f"{MODEL_TITLES[name]}, held-out specimens")
+        save_figure(figure, output / f"reliability_{name}.png")
+    features, labels = simple_features(cells.images[:, 0].numpy()), cells.labels.numpy()
+    return result | {
+        "shifted": summarise(cells, folds, strangers, output / "shifted"),
+        "nearest_neighbours": {
+            "deduplicated": nearest_neighbours(features, labels, [split(cells, "deduplicated", seed)]),
+            "specimen": nearest_neighbours(features, labels, folds),
         },
-        "per_fold": [
-            {model: metrics(values, labels[part]) for model, values in fold.items()}
-            for part, fold in zip(parts, answers, strict=True)
-        ],
-        "blocks": {model: read_blocks(values, blocks_of(cells)[test]) for model, values in pooled.items()},
     }
 
 
-def recalibrated(answers: list[np.ndarray], labels: list[np.ndarray]) -> tuple[np.ndarray, list[float]]:
-    """Give each fold's probabilities (cells, 6) the temperature that suits the answers of the other folds.
+def summarise(cells: Cells, folds: list[Split], answers: list[Output], output: Path) -> dict:
+    """Measure the answers to the test cells of each fold: over all cells, per fold, and over whole specimens.
 
-    A model's own temperature is fitted on validation cells of one specimen a class, which are few. Those of the other
-    folds' models on specimens new to them are many, and none of them is of this fold. Returns all folds' probabilities
-    in a row, and the temperatures, which come on top of the models' own.
+    Writes all of them into `output/predictions.csv`.
     """
-    logits = [torch.from_numpy(values).clamp(min=SMALLEST).log() for values in answers]
-    result, temperatures = [], []
-    for fold, own in enumerate(logits):
-        others = [number for number in range(len(logits)) if number != fold]
-        known = torch.from_numpy(np.concatenate([labels[number] for number in others]))
-        temperatures.append(fit_temperature(torch.cat([logits[number] for number in others]), known))
-        result.append(probabilities(own, temperatures[-1]).numpy())
-    return np.concatenate(result), temperatures
+    test, labels = np.concatenate([parts.test for parts in folds]), cells.labels.numpy()
+    pooled = {name: np.concatenate([fold.probabilities[name] for fold in answers]) for name in MODELS}
+    blocks = blocks_of(cells)[test]
+    return measure(pooled, cells, test, output) | {
+        "per_fold": [
+            {name: metrics(values, labels[parts.test]) for name, values in fold.probabilities.items()}
+            for parts, fold in zip(folds, answers, strict=True)
+        ],
+        "blocks": {name: count_blocks(values, blocks) for name, values in pooled.items()},
+        "rejected": float(np.concatenate([fold.rejected for fold in answers]).mean()),
+    }
 
 
-def read_blocks(answers: np.ndarray, block: np.ndarray) -> dict:
-    """Give each specimen block one verdict, from the mean of its cells' probabilities (cells, 6), and count."""
-    blocks, wrong = specimen_blocks(), []
-    numbers = np.unique(block)
-    for number in numbers:
-        verdict = CLASS_NAMES[int(answers[block == number].mean(0).argmax())]
-        if verdict != blocks[number].class_name:
-            wrong.append({"block": blocks[number].name, "verdict": verdict, "cells": int((block == number).sum())})
-    right = len(numbers) - len(wrong)
-    return {"accuracy": right / len(numbers), "right": right, "total": len(numbers), "wrong": wrong}
-
-
-def nearest_neighbours(features: np.ndarray, labels: np.ndarray, splits: list) -> dict:
+def nearest_neighbours(features: np.ndarray, labels: np.ndarray, splits: list[Split]) -> dict:
     """Measure five nearest neighbours on `simple_features`, trained and tested by each split, over all test cells."""
     answers = []
     for parts in splits:
@@ -158,7 +147,7 @@ def nearest_neighbours(features: np.ndarray, labels: np.ndarray, splits: list) -
 
 
 def simple_features(images: np.ndarray) -> np.ndarray:
-    """Describe images (cells, 78, 78) in [0, 1] by brightness, rings and texture, blind to position and turning.
+    """Describe images (cells, 78, 78) in [0, 1] by brightness, rings and texture, whatever their orientation.
 
     Sixteen quantiles, the mean of each of six rings round the centre, and the histograms of local binary patterns
     (Ojala et al. 2002, uniform, eight neighbours) at radii 1, 2 and 4: (cells, 52).
@@ -178,34 +167,27 @@ def simple_features(images: np.ndarray) -> np.ndarray:
     return np.concatenate([quantiles, rings, *(np.array(one) / IMAGE_SIZE**2 for one in textures)], axis=1)
 
 
-def read_predictions(path: Path) -> dict[str, np.ndarray]:
-    """Read the probabilities of each model, (cells, 6), from a `predictions.csv`."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    models = [column.removesuffix("_verdict") for column in rows[0] if column.endswith("_verdict")]
-    return {
-        model: np.array([[float(row[f"{model}_{name}"]) for name in CLASS_NAMES] for row in rows]) for model in models
-    }
-
-
-def specimens_table(result: dict) -> str:
-    """Set held-out specimens out in lines of text: each fold, all cells, whole specimens, and the floor."""
-    lines = [f"{'mean class accuracy':21}" + "".join(f"{name:>11}" for name in result["models"])]
-    for fold, models in enumerate(result["per_fold"]):
-        lines.append(f"fold {fold:<16}" + "".join(f"{m['mean_class_accuracy']:11.4f}" for m in models.values()))
-    for title, kind, field in (
-        ("all cells", "models", "mean_class_accuracy"),
-        ("accuracy, all cells", "models", "accuracy"),
-        ("ECE", "models", "ece"),
-        ("ECE, recalibrated", "recalibrated", "ece"),
-    ):
-        lines.append(f"{title:21}" + "".join(f"{model[field]:11.4f}" for model in result[kind].values()))
-    counts = (f"{blocks['right']}/{blocks['total']}" for blocks in result["blocks"].values())
-    lines.append(f"{'specimens right':21}" + "".join(f"{count:>11}" for count in counts))
-    lines.append(f"{result['refused']:.1%} of the cells on held-out specimens would get no verdict.")
-    floor = {kind: values["mean_class_accuracy"] for kind, values in result["floor"].items()}
-    lines.append(
-        f"Five nearest neighbours on simple features: {floor['clean']:.4f} on a random split, "
-        f"{floor['specimen']:.4f} on held-out specimens (mean class accuracy)."
+def summary_table(result: dict) -> str:
+    """Set out held-out specimens in Markdown: each fold, all cells, whole specimens, and the baseline."""
+    rows = []
+    for title, part in (("", result), (", shifted", result["shifted"])):
+        for fold, models in enumerate(part["per_fold"]):
+            rows.append([f"fold {fold}{title}", *(model["mean_class_accuracy"] for model in models.values())])
+        for name, field in (("pooled", "mean_class_accuracy"), ("accuracy, pooled", "accuracy"), ("ECE", "ece")):
+            rows.append([f"{name}{title}", *(model[field] for model in part["models"].values())])
+        right = (f"{blocks['right']} of {blocks['total']}" for blocks in part["blocks"].values())
+        rows.append([f"specimens right{title}", *right])
+    baseline = {kind: values["mean_class_accuracy"] for kind, values in result["nearest_neighbours"].items()}
+    return "\n".join(
+        [
+            table(["mean class accuracy", *(MODEL_TITLES[name] for name in result["models"])], rows),
+            "",
+            f"Rejected: {result['rejected']:.1%} of the cells, {result['shifted']['rejected']:.1%} of them shifted.",
+            f"k-nearest-neighbour baseline: {baseline['deduplicated']:.4f} on a random split, "
+            f"{baseline['specimen']:.4f} on held-out specimens.",
+        ]
     )
-    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
