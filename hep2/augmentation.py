@@ -1,8 +1,8 @@
 """Augmentation of whole batches, on the device they are on.
 
-Every function takes images (batch, 1, 78, 78), float32 in [0, 1], and a generator on their device that decides all that
-chance decides, and returns new images of the same shape. No function waits for the device or has a shape that depends on
-chance, so a training step can be recorded as a CUDA graph.
+Every function takes images (batch, 1, 78, 78), float32 in [0, 1], and a generator on their device that decides all
+that chance decides, and returns new images of the same shape. `augment` neither waits for the device nor has a shape
+that depends on chance, so a training step can be recorded as a CUDA graph.
 """
 
 import math

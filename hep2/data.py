@@ -59,7 +59,7 @@ class Split(NamedTuple):
 
 
 def load_cells(dataset: str | Path = DEFAULT_DATASET) -> Cells:
-    """Load all splits of a Hub dataset or of a local folder in the same layout, or draw ``synthetic[:COUNT]`` of each pattern.
+    """Load all splits of a Hub dataset or of a local folder in the same layout, or draw ``synthetic[:COUNT]`` cells.
 
     The published split is not used: its parts share 104 pairs of duplicates.
 

@@ -64,15 +64,19 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) ->
     return gaps / max(1, len(labels))
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the temperature that gives logits (cells, 6) the smallest cross-entropy (Guo et al. 2017)."""
+def fit_temperature(logits: Tensor, targets: Tensor) -> float:
+    """Return the temperature that gives logits (cells, 6) the smallest cross-entropy (Guo et al. 2017).
+
+    `targets` are labels, int64 of shape (cells,), or probabilities (cells, 6) to match.
+    """
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    logits = logits.detach().double()
+    logits = logits.double().clone()  # what was computed in inference mode takes part in no gradient
+    targets = targets.double().clone() if targets.is_floating_point() else targets
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(logits / log_temperature.exp(), labels)
+        value = F.cross_entropy(logits / log_temperature.exp(), targets)
         value.backward()
         return value
 
@@ -81,9 +85,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def comparison_table(models: dict[str, dict], dataset: str = DEFAULT_DATASET) -> str:
-    """Set the figures of each model beside the source's (its Table 3 and the weak spots of its Tables 4 to 7).
+    """Set the figures of each model beside the reference's (its Table 3 and the weak spots of its Tables 4 to 7).
 
-    Figures on another `dataset` than the published cells stand alone: the source's are of those.
+    Figures on another `dataset` than the published cells stand alone: the reference's are of those.
     """
     columns = ("accuracy", "mean_class_accuracy", "macro_precision", "macro_recall", "macro_f1")
     lines = ["model           accuracy  mean class  precision  recall     F1         Golgi recall  Speckled F1  ECE"]
@@ -98,7 +102,7 @@ def comparison_table(models: dict[str, dict], dataset: str = DEFAULT_DATASET) ->
             continue
         source = REFERENCE_RESULTS[name]
         lines.append(
-            f"  the source's  {source['accuracy']:<10.2f}{'':12}{source['macro_precision']:<11.2f}"
+            f"  reference     {source['accuracy']:<10.2f}{'':12}{source['macro_precision']:<11.2f}"
             f"{source['macro_recall']:<11.2f}{source['macro_f1']:<11.2f}{source['golgi_recall']:<14.2f}"
             f"{source['speckled_f1']:.2f}"
         )
@@ -147,32 +151,19 @@ def draw_reliability(result: dict, title: str) -> Figure:
     return figure
 
 
-def draw_curves(history: list[dict], title: str, train_label: str = "train") -> Figure:
-    """Draw loss and accuracy over the epochs of one training run, from the records of its log.
-
-    `train_label` says what was measured in training, where that is something else than in validation.
-    """
+def draw_curves(history: list[dict], title: str) -> Figure:
+    """Draw loss and accuracy over the epochs of one training run, from the records of its log."""
     epochs = [record["epoch"] for record in history]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     figure.suptitle(title)
-    labels = {"train": train_label, "validation": "validation"}
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for part, colour in (("train", "#E69F00"), ("validation", "#0072B2")):
             values = [record[f"{part}_{quantity}"] for record in history]
-            axes.plot(epochs, values, color=colour, label=labels[part], marker="o" if len(epochs) < 3 else None)
+            axes.plot(epochs, values, color=colour, label=part, marker="o" if len(epochs) < 3 else None)
         axes.set(xlabel="epoch", ylabel=quantity)
         axes.grid(alpha=0.3)
         axes.legend()
     return figure
-
-
-def train_label(training: dict) -> str:
-    """Say what a model's log calls its accuracy in training: under specimen supervision every specimen is a class."""
-    settings = training.get("settings", {})
-    if not settings.get("specimen_supervision"):
-        return "train"
-    ends = (settings.get("finish_changes") or {}).get("specimen_supervision") is False
-    return "train, specimens told apart" + (" before the finish" if ends else "")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

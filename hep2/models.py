@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hep2.patterns import CLASS_NAMES, IMAGE_SIZE
 
 CLASSES = len(CLASS_NAMES)
+SMALLEST = 1e-4  # probability that the stack gives a class
 
 
 def normalised_convolution(inputs: int, outputs: int, padding: int = 1) -> nn.Sequential:
@@ -188,8 +189,9 @@ class ViT(nn.Module):
 class StackEnsemble(nn.Module):
     """One linear layer from the calibrated probabilities of CNN and ViT, side by side (batch, 12), to logits.
 
-    From the reference, which does not say what the layer is fitted on. Ours is fitted on cells that neither member was
-    trained on, since members are surer of themselves on cells they know.
+    From the reference, which says neither what the layer is fitted on nor how its six outputs become probabilities.
+    Ours is fitted on cells that neither member was trained on, since members are surer on cells they know. Its outputs
+    are taken for probabilities, and their logarithms for logits: it starts as the members' mean, no surer than they.
     """
 
     members = ("cnn", "vit")
@@ -197,14 +199,13 @@ class StackEnsemble(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(len(self.members) * CLASSES, CLASSES)
-        # Start from the members' mean, sharp enough to be sure where both are.
         nn.init.zeros_(self.linear.bias)
-        self.linear.weight.data.copy_(4 * torch.eye(CLASSES).repeat(1, len(self.members)))
+        self.linear.weight.data.copy_(torch.eye(CLASSES).repeat(1, len(self.members)) / len(self.members))
 
     def forward(self, probabilities: Tensor) -> Tensor:
         # Rounded to half precision, probabilities near 1 would be equal.
         with torch.autocast(probabilities.device.type, enabled=False):
-            return self.linear(probabilities.float())
+            return self.linear(probabilities.float()).clamp(min=SMALLEST).log()
 
 
 MODELS = {"cnn": CNN, "rescnn": ResCNN, "vit": ViT, "ensemble": StackEnsemble}
@@ -225,9 +226,12 @@ class Rejection(nn.Module):
         self.register_buffer("spread", torch.ones(features))
         self.register_buffer("threshold", torch.tensor(torch.finfo(torch.float32).min))  # rejects nothing
 
-    def forward(self, features: Tensor) -> Tensor:
+    def standardised(self, features: Tensor) -> Tensor:
         # A photograph drives some features far off: one of them alone shall not decide.
-        return self.linear(((features - self.mean) / self.spread).clamp(-8, 8))[:, 0]
+        return ((features - self.mean) / self.spread).clamp(-8, 8)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(self.standardised(features))[:, 0]
 
 
 class Answers(NamedTuple):

@@ -117,8 +117,8 @@ def assemble(
 ) -> Classifier:
     """Calibrate the models, fit the stack on what CNN and ViT say, and put all into one classifier.
 
-    Temperatures (Guo et al. 2017) and stack are fitted on validation cells shifted as a stranger's: on cells like those
-    that a model was trained on it is surer of itself than a new patient's allow.
+    All is fitted on validation cells shifted as a stranger's, and even on these a model is right more often than on a
+    new patient's cells. So a temperature (Guo et al. 2017) may soften a model's probabilities, and never sharpen them.
 
     Raises
     ------
@@ -132,15 +132,15 @@ def assemble(
     classifier = Classifier(**models).eval()
     images = as_strangers(validation.inputs.clone(), Generator().manual_seed(seed))
     logits = {name: predict_logits(model, images) for name, model in models.items()}
-    temperatures = {name: fit_temperature(values, validation.labels) for name, values in logits.items()}
-    shares = torch.cat([(logits[name] / temperatures[name]).softmax(1) for name in StackEnsemble.members], dim=1)
-    stacked = Examples(shares, validation.labels)
+    temperatures = {name: max(1.0, fit_temperature(values, validation.labels)) for name, values in logits.items()}
+    members = [(logits[name] / temperatures[name]).softmax(1) for name in StackEnsemble.members]
+    shares = torch.cat(members, dim=1).clone()
     # A fifth of the cells is kept aside to watch the fit.
     watched = np.arange(len(shares)) % 5 == 0
     fit(
         {"ensemble": classifier.ensemble},
-        Examples(*(part[~watched] for part in stacked[:2])),
-        Examples(*(part[watched] for part in stacked[:2])),
+        Examples(shares[~watched], validation.labels[~watched]),
+        Examples(shares[watched], validation.labels[watched]),
         plan.models["ensemble"],
         directory=output / "ensemble",
         seed=seed,
@@ -148,7 +148,8 @@ def assemble(
         progress=progress,
         computed_from=computed_from,
     )
-    temperatures["ensemble"] = fit_temperature(predict_logits(classifier.ensemble, shares), validation.labels)
+    of_stack = predict_logits(classifier.ensemble, shares)
+    temperatures["ensemble"] = max(1.0, fit_temperature(of_stack, validation.labels))
     classifier.temperatures.copy_(torch.tensor([temperatures[name] for name in MODELS]))
     return classifier
 
@@ -200,9 +201,7 @@ def train(
         if accelerator.is_main_process:
             lock.acquire()
     except Timeout as error:
-        raise ValueError(
-            f"another process trains into {output}: wait for its end, or give another --output"
-        ) from error
+        raise ValueError(f"another process trains into {output}: wait for its end, or give another --output") from error
     with lock if accelerator.is_main_process else nullcontext():
         models = train_models(
             cells, parts, output, names=tuple(n for n in BASE_MODELS if n in names), files=files, **settings
@@ -321,7 +320,9 @@ def check_unseen(weights: Weights, cells: Cells, test: np.ndarray) -> None:
         )
 
 
-def held_out_examples(weights: Weights, cells: Cells, dataset: str | Path, count: int = 5) -> dict[str, tuple[str, bytes]]:
+def held_out_examples(
+    weights: Weights, cells: Cells, dataset: str | Path, count: int = 5
+) -> dict[str, tuple[str, bytes]]:
     """Draw `count` cells of each class from the test part of the weights' own split.
 
     Returns file names, mapped to class name and PNG bytes.

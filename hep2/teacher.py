@@ -31,7 +31,9 @@ class Teacher(nn.Module):
         False leaves the weights random, for a network that is restored from a checkpoint.
     """
 
-    def __init__(self, name: str, file: Path | None = None, *, pretrained: bool = True, size: int = TEACHER_SIZE) -> None:
+    def __init__(
+        self, name: str, file: Path | None = None, *, pretrained: bool = True, size: int = TEACHER_SIZE
+    ) -> None:
         super().__init__()
         self.name, self.size = name, size
         overlay = {"file": str(file)} if file else None

@@ -147,7 +147,7 @@ class _Run:
         self.identity = {
             "recipe": json.dumps(asdict(recipe), sort_keys=True),
             "seed": seed,
-            "models": {name: repr(model) for name, model in models.items()},
+            "models": {name: _structure(model) for name, model in models.items()},
             "examples": computed_from or [_digest(train), _digest(validation)],
             "processes": accelerator.num_processes,
             "mixed_precision": accelerator.mixed_precision,
@@ -260,7 +260,7 @@ class _Run:
         self._record(totals, time.perf_counter() - started)
 
     def _step(self, positions: Tensor) -> Tensor:
-        """Take one step, and after the first few, on a GPU of one's own, replay it: launches cost more than the work."""
+        """Take one step; after the first few, on a GPU of one's own, a replayed one: launches cost more than work."""
         if self.accelerator.device.type != "cuda" or self.accelerator.num_processes > 1:
             return self._train_step(positions)
         if self.graph is None:
@@ -365,7 +365,7 @@ class _Run:
         else:
             kept = {name: trainee.kept.state_dict() for name, trainee in self.trainees.items()}
             if self.state["best"] is not None:
-                kept = {name: self.state["best"] for name in kept}
+                kept = dict.fromkeys(kept, self.state["best"])
             kept = {name: {key: tensor.cpu() for key, tensor in tensors.items()} for name, tensors in kept.items()}
             self.state |= {"finished": True, "best": None}
             self._save(kept)
@@ -434,6 +434,12 @@ def _relative_rate(recipe: Recipe, progress: float) -> float:
 
 def _seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _structure(model: nn.Module) -> str:
+    """Identify a model's architecture by its class, what it says of itself, and the shapes of its tensors."""
+    shapes = json.dumps({key: list(tensor.shape) for key, tensor in model.state_dict().items()})
+    return f"{type(model).__name__}({model.extra_repr()}) {hashlib.sha256(shapes.encode()).hexdigest()[:16]}"
 
 
 def _digest(examples: Examples) -> str:
