@@ -1,6 +1,8 @@
 """The figure of the six patterns in docs/usage.md, made of synthetic cells.
 
-python -m benchmarks.figure [--seed 0] [--output docs/classes.png]
+    python -m benchmarks.figure [--seed 0] [--output docs/classes.png]
+
+A column for each pattern, with its family by the International Consensus on ANA Patterns.
 """
 
 import argparse
