@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=int, default=5000)
     parser.add_argument("--actors", type=int, default=2, help="of the largest run; each has a core, or a GPU")
-    parser.add_argument("--fields", type=int, default=12, help="for the seconds of one on one core; 0: none")
+    parser.add_argument("--fields", type=int, default=12, help="for the core-seconds of one; 0: none")
     parser.add_argument("--weights", help="OWNER/NAME[@revision] or a folder (default: the bundled ones)")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
     arguments = parser.parse_args(argv)
@@ -53,19 +53,19 @@ def main(argv: list[str] | None = None) -> int:
             result[f"Ray, actors: {actors}"] = measure(answers, weights.revision, Path(folder), start)
     if arguments.fields:
         torch.set_num_threads(1)
-        result["seconds a field"] = measure_fields(Predictor(weights), arguments.fields)
+        result["core-seconds a field"] = measure_fields(Predictor(weights), arguments.fields)
     if arguments.json:
         print(json.dumps(result))
         return 0
     print("| run | seconds in all | cells a second | running |\n|---|---|---|---|")
     for name, run in result.items():
-        if name != "seconds a field":
+        if name != "core-seconds a field":
             print(f"| {name} | {run['seconds']:.1f} | {run['rate']:.0f} | {run['running']:.0f} |")
     one, more = (result[f"Ray, actors: {actors}"]["running"] for actors in (1, arguments.actors))
     print(f"\nRay with one actor: {one / result['plain, threads: 1']['running']:.2f} of the plain command's rate")
     print(f"Ray with {arguments.actors} actors: {more / one:.2f} of the rate with one")
     if arguments.fields:
-        print(f"A field on one core: {result['seconds a field']:.2f} seconds")
+        print(f"A field takes {result['core-seconds a field']:.2f} core-seconds")
     return 0
 
 
@@ -94,15 +94,15 @@ def measure(answers: Iterable, revision: str, folder: Path, start: float) -> dic
 
 
 def measure_fields(predictor: Predictor, count: int) -> float:
-    """Return the seconds of one field, as decoded, the first left out."""
+    """Return the core-seconds of one field, as decoded; a first one, which warms up, is left out."""
     random = np.random.default_rng(1)
     patterns = islice(cycle(CLASS_NAMES), count + 1)
     fields = [synthetic_field(pattern, random)[0] for pattern in patterns]
     predictor.specimen(fields[:1])
-    start = time.perf_counter()
+    start = time.process_time()
     for field in islice(fields, 1, None):
         predictor.specimen([field])
-    return (time.perf_counter() - start) / count
+    return (time.process_time() - start) / count
 
 
 if __name__ == "__main__":

@@ -286,7 +286,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if result["trained_on_fingerprint"] != result["dataset_fingerprint"]:
         print("note: the weights were trained on another dataset: whether they know these cells cannot be told\n")
     print(f"protocol {result['protocol']}, seed {result['seed']}, {result['test_size']:,} test cells\n")
-    print(comparison_table(result["models"]))
+    print(comparison_table(result["models"], result["dataset"]))
     print(f"\nStack ensemble, class by class\n{class_report(result['models']['ensemble'])}")
     print(f"\nmetrics.json, predictions.csv and figures are in {arguments.output}")
     return 0

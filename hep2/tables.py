@@ -194,10 +194,11 @@ def classify_on_ray(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars, context.execution_options.preserve_order = False, True
         gpus, cores = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
-        decoding, predicting = {"num_cpus": 1 - CORE_SHARE}, {"num_cpus": CORE_SHARE}
+        count = min(actors or gpus or cores, len(blocks))
+        pool = ray.data.ActorPoolStrategy(size=count)
+        decoding, predicting = {"num_cpus": 1 - CORE_SHARE, "concurrency": count}, {"num_cpus": CORE_SHARE}
         if gpus:
             decoding, predicting = {"num_cpus": 1}, {"num_cpus": 0, "num_gpus": 1}
-        pool = ray.data.ActorPoolStrategy(size=min(actors or gpus or cores, len(blocks)))
         whole = {"batch_format": "pyarrow", "batch_size": None}
         decoded = ray.data.from_arrow(blocks).map_batches(_decode, fn_args=(channel, plane), **whole, **decoding)
         answers = decoded.map_batches(_Actor, fn_constructor_args=(weights,), compute=pool, **whole, **predicting)

@@ -292,6 +292,29 @@ def test_specimen_numbers_the_overlays_of_several_fields(field, tmp_path, capsys
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "drawn-1.png", "drawn-2.png"]
 
 
+def test_evaluate_measures_and_prints_what_it_wrote(untrained, tmp_path, capsys):
+    command = ["evaluate", "--dataset", "synthetic:12", "--weights", str(untrained)]
+    assert main([*command, "--output", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "protocol deduplicated, seed 0, 11 test cells" in out
+    assert "Stack ensemble" in out
+    assert "the weights were trained on another dataset" in out
+    assert "eference" not in out  # whose figures are of other cells
+    result = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert list(result["models"]) == list(MODELS)
+    assert (tmp_path / "run" / "predictions.csv").exists()
+
+
+def test_evaluate_knows_before_the_work_that_it_cannot_write(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hep2.data.load_cells", lambda *_: pytest.fail("cells were loaded"))
+    (tmp_path / "file").write_text("")
+    assert main(["evaluate", "--dataset", "synthetic:12", "--output", str(tmp_path / "file")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--dataset", "synthetic:12", "--output", str(tmp_path), "--seed", "-1"])
+    assert "argument --seed: '-1' is given: give a whole number, 0 or more" in capsys.readouterr().err
+
+
 def test_examples_are_what_the_generator_makes(tmp_path, capsys):
     assert main(["synthesize", "--output", str(tmp_path), "--seed", "1"]) == 0
     for name in CLASS_NAMES:
