@@ -16,14 +16,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 
 from hep2.checkpoints import Weights
-from hep2.data import load_cells
 from hep2.hub import find_weights
-from hep2.images import decode
+from hep2.images import decode, make_cell
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES, is_synthetic
-from hep2.pipeline import held_out_examples
 from hep2.predictor import Predictor
 from hep2.ui import api
-from hep2.ui.fragments import counts_html, examples_html, image_uri, models_html, stretched
+from hep2.ui.fragments import counts_html, examples_html, image_uri, models_html, steps_html, stretched
 from hep2.ui.page import Example, Page, begin, stopped
 
 SYNTHETIC = Path(__file__).with_name("examples")
@@ -95,6 +93,9 @@ def examples_of(weights: Weights, dataset: str | None, folder: Path) -> tuple[di
     """
     cells = weights.examples()
     if dataset:
+        from hep2.data import load_cells  # slow to import, and rarely needed
+        from hep2.pipeline import held_out_examples
+
         held_out = held_out_examples(weights, load_cells(dataset), dataset)
         for name, (label, data) in held_out.items():
             path = folder / label / name
@@ -185,6 +186,8 @@ def build(page: Page, examples_text: str, first: str) -> gr.Blocks:
                 gr.HTML(models_html(page.weights))
                 details = gr.HTML()
         with gr.Accordion("How it works, and how to cite", open=False):
+            speckled = decode(SYNTHETIC / "Speckled" / "1.png")
+            gr.HTML(steps_html(speckled, make_cell(speckled)))
             gr.Markdown(ABOUT)
         if os.environ.get("SPACE_ID"):
             gr.DuplicateButton()

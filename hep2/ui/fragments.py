@@ -15,7 +15,7 @@ from PIL import Image
 from hep2.checkpoints import Weights
 from hep2.evaluation import draw_confusion, draw_curves, draw_reliability
 from hep2.fields import CellPrediction, SpecimenPrediction, colour_of
-from hep2.images import Decoded
+from hep2.images import Cell, Decoded
 from hep2.models import BASE_MODELS, MODELS
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, ICAP_URL, MODEL_TITLES, PATTERNS, REFERENCE_RESULTS
 from hep2.predictor import Explanation, Failure, Prediction
@@ -97,6 +97,17 @@ def examples_html(examples: Iterable[tuple[str, str, str, np.ndarray]], kind: st
         )
     body = "".join(f"<h2>{escape(caption)}</h2><div>{buttons}</div>" for caption, buttons in rows.items())
     return f'<div class="examples {kind}">{body}</div>'
+
+
+def steps_html(decoded: Decoded, cell: Cell) -> str:
+    """Picture the steps that an image takes: as it came, preprocessed, and to six probabilities."""
+    figures = "".join(
+        f'<figure><img src="{image_uri(image)}" alt=""><figcaption>{caption}</figcaption></figure>'
+        for image, caption in ((stretched(decoded.intensity), "1 Decoded"), (cell.pixels[0], "2 Preprocessed"))
+    )
+    shares = dict(zip(CLASS_NAMES, (0.02, 0.01, 0.02, 0.01, 0.04, 0.9), strict=True))
+    bars = f'<div>{_bars(shares)}<p class="small">3 Classified</p></div>'
+    return f'<div class="reading"><div class="card">{figures}{bars}</div></div>'
 
 
 def verdict_html(explanation: Explanation, decoded: Decoded, truth: str = "") -> str:
