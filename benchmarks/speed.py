@@ -49,11 +49,9 @@ OURS = "all four models"
 SMALL_INPUT = f"resnet18 at {IMAGE_SIZE} x {IMAGE_SIZE}"
 ROUNDS = 6  # interleaved, so that a busy moment hits all sides
 IN_A_ROW = 10  # requests of one side in a round: what the other side has left in caches is gone after the first
-REST = 0.05  # seconds before a request that finds the process at rest
 BULK = 256  # cells in one bulk measurement, on a GPU times 64
 BULK_ROUNDS = 5
 PROCESSES = 3  # of each kind
-MATRIX = 2048  # rows and columns of the matrices that measure what the machine can do at best
 # What a process does from its start to its first verdict. Peers get their weights from a file, as they would.
 STARTS = {
     OURS: "import sys; from hep2.__main__ import main; main(['classify', '--json', sys.argv[1]])",
@@ -99,9 +97,7 @@ def measure_speed(predictor: Predictor) -> dict:
         one = {OURS: lambda: next(predictor.classify([files[0]]))}
         one |= {name: partial(answer, model, files[0]) for name, model in peers.items()}
         one["AlexNet, loaded at every request"] = lambda: answer(load_peer("AlexNet", alexnet).to(device), files[0])
-        latency = {name: percentiles(seconds) for name, seconds in interleaved(one, ROUNDS, in_a_row=IN_A_ROW).items()}
-    rested = {name: one[name] for name in (OURS, "resnet18")}
-    rested = {name: percentiles(seconds) for name, seconds in interleaved(rested, 2 * IN_A_ROW, rest=REST).items()}
+        latency = {name: percentiles(seconds) for name, seconds in interleaved(one, ROUNDS, IN_A_ROW).items()}
     cells = torch.from_numpy(np.stack([load_cell(file).pixels for file in files]))
     inputs = {name: torch.rand(32, 3, PEER_SIZE, PEER_SIZE, device=device) for name in peers}
     # What its usual size costs a peer that could read cells at theirs.
@@ -115,10 +111,7 @@ def measure_speed(predictor: Predictor) -> dict:
         bulk[f"{OURS}, cells on the GPU"], counts[f"{OURS}, cells on the GPU"] = lambda: predictor(there), len(there)
     bulk |= {name: partial(_forward, model, inputs[name]) for name, model in peers.items()}
     counts |= {name: len(images) for name, images in inputs.items()}
-    one, other = torch.rand(2, MATRIX, MATRIX, device=device)
-    seconds = interleaved(bulk | {"matrices": lambda: one @ other}, BULK_ROUNDS)
-    best = {name: min(values) for name, values in seconds.items()}
-    rate, per_second = MATRIX**3 / best["matrices"], {name: counts[name] / best[name] for name in bulk}
+    seconds = interleaved(bulk, BULK_ROUNDS)
     work = {OURS: multiply_adds(predictor.weights.classifier, cells[:1])}
     work |= {name: multiply_adds(model, inputs[name][:1]) for name, model in peers.items()}
     return {
@@ -126,11 +119,8 @@ def measure_speed(predictor: Predictor) -> dict:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "latency": latency,
-        "latency_after_rest": rested,
-        "images_per_second": per_second,
+        "images_per_second": {name: counts[name] / min(values) for name, values in seconds.items()},
         "multiply_adds": work,
-        "matrix_multiply_adds_per_second": rate,
-        "share_of_matrix_rate": {name: work[name] * per_second[name] / rate for name in work},
         "processes": measure_processes(),
     }
 
@@ -169,20 +159,16 @@ def _forward(model: nn.Module, images: Tensor) -> Tensor:
     return model(images)
 
 
-def interleaved(
-    tasks: dict[str, Callable], rounds: int, *, in_a_row: int = 1, rest: float = 0.0
-) -> dict[str, list[float]]:
+def interleaved(tasks: dict[str, Callable], rounds: int, in_a_row: int = 1) -> dict[str, list[float]]:
     """Time every task `in_a_row` times a round, after one round that does not count; returns seconds.
 
-    Each round has an order of its own, as what loads much leaves cold caches to the next. Before each time goes a
-    `rest`, in seconds.
+    Each round has an order of its own, as what loads much leaves cold caches to the next.
     """
     seconds = {name: [] for name in tasks}
     random = np.random.default_rng(0)
     for count in range(rounds + 1):
         for name in random.permutation(list(tasks)).tolist():
             for _ in range(in_a_row):
-                time.sleep(rest)
                 started = time.perf_counter()
                 tasks[name]()
                 _wait_for_gpu()
@@ -251,10 +237,7 @@ def measure_training(names: tuple[str, ...] = BASE_MODELS, batches: int = 12) ->
     augmenting = time.perf_counter() - started
     teacher = next(iter(plan.teachers))
     runs = {name: ((name,), None) for name in names}
-    runs[f"{', '.join(names)} from {teacher}"] = (
-        names,
-        lambda: Teachers([Teacher(teacher, pretrained=False)]),
-    )
+    runs[f"{', '.join(names)} from {teacher}"] = (names, lambda: Teachers([Teacher(teacher, pretrained=False)]))
     result = {}
     for title, (several, make_teacher) in runs.items():
         models = {name: build_model(name, plan.architectures.get(name)) for name in several}
@@ -268,29 +251,18 @@ def measure_training(names: tuple[str, ...] = BASE_MODELS, batches: int = 12) ->
 
 def tables(result: dict) -> str:
     """Set out what was measured in Markdown."""
-    beside = result["images_per_second"]["resnet18"]
+    one, many = result["latency"]["resnet18"]["median"], result["images_per_second"]["resnet18"]
     latency = [
-        [
-            f"{name}{remark}",
-            f"{row['median'] * 1e3:.1f}",
-            f"{row['percentile_95'] * 1e3:.1f}",
-            f"{row['median'] / result[field]['resnet18']['median']:.2f}",
-        ]
-        for field, remark in (("latency", ""), ("latency_after_rest", ", after a rest"))
-        for name, row in result[field].items()
+        [name, *(f"{row[field] * 1e3:.1f}" for field in ("median", "percentile_95")), f"{row['median'] / one:.2f}"]
+        for name, row in result["latency"].items()
     ]
-    bulk = [[name, f"{rate:.0f}", f"{rate / beside:.1f}"] for name, rate in result["images_per_second"].items()]
-    for row in bulk:
-        work, share = result["multiply_adds"].get(row[0]), result["share_of_matrix_rate"].get(row[0])
-        row += [None, None] if work is None else [f"{work / 1e6:.0f}", f"{share:.0%}"]
+    work = {name: f"{count / 1e6:.0f}" for name, count in result["multiply_adds"].items()}
+    bulk = [[n, f"{rate:.0f}", f"{rate / many:.1f}", work.get(n)] for n, rate in result["images_per_second"].items()]
     processes = [[n, f"{row['seconds']:.1f}", f"{row['bytes'] / 1e6:.0f}"] for n, row in result["processes"].items()]
     parts = [
-        f"{result['device']}, {result['threads']} threads, PyTorch {result['torch']}, matrix multiplication at "
-        f"{result['matrix_multiply_adds_per_second'] / 1e9:.1f} G multiply-adds a second",
-        table(
-            ["one request, from file bytes to verdict", "median, ms", "95th percentile, ms", "beside resnet18"], latency
-        ),
-        table(["in bulk", "images a second", "beside resnet18", "M multiply-adds", "share of matrix rate"], bulk),
+        f"{result['device']}, {result['threads']} threads, PyTorch {result['torch']}",
+        table(["from file bytes to verdict", "median, ms", "95th percentile, ms", "beside resnet18"], latency),
+        table(["in bulk", "images a second", "beside resnet18", "M multiply-adds"], bulk),
         table(["process, to the first verdict", "seconds", "MB"], processes),
     ]
     if half := result.get("half_precision"):

@@ -7,13 +7,14 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from hep2.data import audit, blocks_of, split, unique_cells
+from benchmarks.common import own_split
+from benchmarks.dataset import audit
+from hep2.data import blocks_of, specimens_of, split, unique_cells
 from hep2.evaluation import metrics
-from hep2.imaging import LEAST_DETAIL, fine_detail
+from hep2.images import LEAST_DETAIL, fine_detail
 from hep2.patterns import CELLS_IN_DATASET, CLASS_NAMES, DEFAULT_DATASET
-from hep2.pipeline import check_unseen, specimens_of
-from hep2.reader import predict
-from hep2.weights import load_weights
+
+DUPLICATES = 194
 
 
 def contents(cells, positions) -> set[str]:
@@ -21,7 +22,7 @@ def contents(cells, positions) -> set[str]:
     return {hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in cells.images[positions]}
 
 
-def test_dataset_is_the_published_one_with_its_194_duplicates(real_cells):
+def test_dataset_is_the_published_one_with_its_duplicates(real_cells):
     assert len(real_cells) == CELLS_IN_DATASET
     assert real_cells.source == DEFAULT_DATASET
     assert real_cells.labels.bincount().tolist() == [2741, 724, 2494, 2208, 2598, 2831]
@@ -31,12 +32,12 @@ def test_dataset_is_the_published_one_with_its_194_duplicates(real_cells):
 
 def test_audit_finds_the_duplicates_and_those_across_the_published_split(real_cells):
     result = audit(real_cells)
-    assert (result["duplicates"], result["duplicates_across_parts"]) == (194, 104)
+    assert (result["duplicates"], result["duplicates_across_parts"]) == (DUPLICATES, 104)
     assert result["parts"] == {"train": 8701, "validation": 2175, "test": 2720}
     assert result["duplicates_of_another_class"] == 0
 
 
-@pytest.mark.parametrize(("protocol", "folds"), [("clean", [0]), ("specimen", [0, 1, 2, 3])])
+@pytest.mark.parametrize(("protocol", "folds"), [("deduplicated", [0]), ("specimen", [0, 1, 2, 3])])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_parts_share_no_pixel_content(protocol, folds, seed, real_cells):
     for fold in folds:
@@ -44,7 +45,18 @@ def test_parts_share_no_pixel_content(protocol, folds, seed, real_cells):
         hashes = [contents(real_cells, part) for part in parts]
         assert not (hashes[0] & hashes[1] or hashes[0] & hashes[2] or hashes[1] & hashes[2])
         assert [len(h) for h in hashes] == [len(part) for part in parts]
-        assert sum(map(len, parts)) == CELLS_IN_DATASET - 194
+        assert sum(map(len, parts)) == CELLS_IN_DATASET - DUPLICATES
+
+
+def test_folds_share_no_specimen(real_cells):
+    specimens = blocks_of(real_cells)
+    tested = []
+    for fold in range(4):
+        train, validation, test = (set(specimens[part]) for part in split(real_cells, "specimen", 0, fold))
+        assert validation == train
+        assert not test & train
+        tested += sorted(test)
+    assert sorted(tested) == list(range(73))
 
 
 def test_specimens_of_the_training_cells_are_their_blocks(real_cells):
@@ -55,20 +67,18 @@ def test_specimens_of_the_training_cells_are_their_blocks(real_cells):
 
 
 def test_blur_of_a_pixel_is_told_and_hardly_a_published_cell_is_called_blurred(real_cells):
-    cells = real_cells.images[split(real_cells, "clean", 0).validation].numpy()
+    cells = real_cells.images[split(real_cells, "deduplicated", 0).validation].numpy()
     blurred = gaussian_filter(cells, (0, 0, 1, 1))
     assert 0 < np.mean([fine_detail(cell) < LEAST_DETAIL for cell in cells]) < 0.005
     assert np.mean([fine_detail(cell) < LEAST_DETAIL for cell in blurred]) > 0.97
 
 
-def test_bundled_weights_read_cells_they_have_not_seen(real_cells):
-    weights = load_weights()
-    trained = weights.configs["cnn"]["training"]
-    assert trained["dataset_fingerprint"] == real_cells.fingerprint
-    test = split(real_cells, trained["protocol"], trained["seed"]).test
-    check_unseen(weights, real_cells, test)
+def test_bundled_weights_answer_test_cells_as_their_metrics_say(real_cells, bundled):
+    weights = bundled.weights
+    assert weights.training["dataset_fingerprint"] == real_cells.fingerprint
+    test = own_split(weights, real_cells).test
     labels = real_cells.labels[test].numpy()
-    for name, answers in predict(weights, real_cells.images[test]).probabilities.items():
+    for name, answers in bundled(real_cells.images[test]).probabilities.items():
         recorded, measured = weights.metrics["models"][name], metrics(answers, labels)
         # Another processor may turn a verdict on the edge, one in 2,000 cells.
         assert measured["accuracy"] == pytest.approx(recorded["accuracy"], abs=0.001)
