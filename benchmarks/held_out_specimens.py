@@ -20,7 +20,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
 from skimage.feature import local_binary_pattern
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -60,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     cells, accelerator, (plan, files) = load_cells(arguments.dataset), make_accelerator(), plan_of(arguments)
     for fold in arguments.folds or range(FOLDS):
         folder = arguments.output / f"fold-{fold}"
-        if not is_finished(folder, cells, plan, recipe=arguments.recipe, seed=arguments.seed, accelerator=accelerator):
+        if not is_finished(folder, cells, plan, arguments.recipe, arguments.seed):
             train(
                 cells,
                 folder,
@@ -82,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def is_finished(folder: Path, cells: Cells, plan: Plan, *, recipe: str, seed: int, accelerator: Accelerator) -> bool:
+def is_finished(folder: Path, cells: Cells, plan: Plan, recipe: str, seed: int) -> bool:
     """Tell whether a folder holds measured weights of this very training; of another one, `train` says what to do."""
     if not (folder / "metrics.json").exists() or not (weights := load_classifier(folder)).metrics:
         return False
@@ -90,9 +89,8 @@ def is_finished(folder: Path, cells: Cells, plan: Plan, *, recipe: str, seed: in
     trained = {key: weights.training.get(key) for key in ("recipe", "seed", "dataset_fingerprint", "teachers")}
     wanted = {"recipe": recipe, "seed": seed, "dataset_fingerprint": cells.fingerprint}
     wanted["teachers"] = {name: asdict(settings) for name, settings in plan.teachers.items()}
-    precision = weights.training.get("mixed_precision") == accelerator.mixed_precision
-    plain = json.loads(json.dumps([wanted, {name: asdict(settings) for name, settings in plan.models.items()}]))
-    return precision and plain == [trained, models]
+    settings = {name: asdict(settings) for name, settings in plan.models.items()}
+    return json.loads(json.dumps([wanted, settings])) == [trained, models]
 
 
 def measure_folds(cells: Cells, output: Path, seed: int = 0) -> dict:

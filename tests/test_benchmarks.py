@@ -92,7 +92,7 @@ def test_scores_of_rejection_are_compared_on_the_same_images(synthetic_cells):
     for row in result.values():
         assert row["area, test cells / cells"] == pytest.approx(0.5)
         assert row["area, test cells / noise"] == row["area, shifted / noise"]
-        assert row["cells rejected"] == pytest.approx(rejection.REJECTED, abs=0.03)
+        assert row["cells rejected"] == pytest.approx(rejection.REJECTED_VALIDATION, abs=0.03)
     assert result["Mahalanobis"]["area, shifted / noise"] > 0.99
 
 

@@ -102,9 +102,8 @@ def test_main_trains_every_fold_once_and_measures_all_cells_twice(cells, tmp_pat
     assert read_json(tmp_path / "metrics.json") == result
     # Weights of another recipe are not taken for those asked for.
     other = replace(PLAN, models=PLAN.models | {"vit": replace(SHORT, learning_rate=2e-3)})
-    asked = {"recipe": "default", "seed": 0, "accelerator": make_accelerator()}
-    assert held_out_specimens.is_finished(tmp_path / "fold-0", cells, PLAN, **asked)
-    assert not held_out_specimens.is_finished(tmp_path / "fold-0", cells, other, **asked)
+    assert held_out_specimens.is_finished(tmp_path / "fold-0", cells, PLAN, "default", 0)
+    assert not held_out_specimens.is_finished(tmp_path / "fold-0", cells, other, "default", 0)
 
 
 @pytest.mark.parametrize(
