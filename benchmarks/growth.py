@@ -98,7 +98,7 @@ def classify(folder: Path, output: Path, count: int, killed_after: int | None = 
 
     arguments = ["classify", str(folder), "--output", str(output)]
     measured = watched(arguments, None if killed_after is None else killed)
-    with open(output, newline="") as file:
+    with open(output, newline="", encoding="utf-8-sig") as file:
         rows = [(row["file"], row["error"]) for row in csv.DictReader(file)]
     if len(rows) != count or len({name for name, _ in rows}) != count or any(error for _, error in rows):
         raise RuntimeError(f"{output} has {len(rows)} rows, not each of {count} cells once and without an error")
