@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import os
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import count
@@ -25,7 +27,7 @@ NO_VERDICT = "No verdict"
 PREVIEW, FIELD_PREVIEW = 320, 1200  # largest side of a picture, in pixels
 STAMPS = count()
 MAX_ROWS = 300  # predictions, or cells of a specimen, that are shown one by one
-SOURCES = "https://huggingface.co/datasets/" + DEFAULT_DATASET
+HUB = "https://huggingface.co"
 
 
 def image_uri(values: np.ndarray, kind: str = "PNG", largest: int | None = None, **options: int) -> str:
@@ -311,6 +313,12 @@ def models_html(weights: Weights) -> str:
         values = [part.get(name, {}).get(field) for part, field in parts]
         cells = "".join(f"<td>{'–' if value is None else format(value, '.3f')}</td>" for value in values)
         rows += f'<tr><th scope="row">{title}</th>{cells}<td>{REFERENCE_RESULTS[name]["accuracy"]:.2f}</td></tr>'
+    links = {"Dataset": f"{HUB}/datasets/{DEFAULT_DATASET}", "Patterns (ICAP)": ICAP_URL}
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", weights.source):
+        links["Weights"] = f"{HUB}/{weights.source}"
+    if space := os.environ.get("SPACE_ID"):
+        links["Code"] = f"{HUB}/spaces/{space}/tree/main"
+    linked = " · ".join(f'<a href="{url}" target="_blank" rel="noopener">{name}</a>' for name, url in links.items())
     shares = ["mean class accuracy", "ECE"]
     columns = [*shares, "shifted cells", "accuracy", *shares, "accuracy"]
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
@@ -324,8 +332,7 @@ specimens were. ECE is the expected calibration error. The reference is the cour
 <code>{escape(weights.revision)}</code>; dataset {escape(str(training["dataset"]))}, recipe
 {escape(str(training["recipe"]))}, protocol {escape(str(training["protocol"]))}, seed {training["seed"]}.
 {escape(" ".join(weights.notes))}</p></details>
-<p><a href="{SOURCES}" target="_blank" rel="noopener">Dataset</a> · <a href="{ICAP_URL}" target="_blank" rel="noopener">
-ICAP</a></p></section>"""
+<p>{linked}</p></section>"""
 
 
 def model_details_html(weights: Weights) -> str:
