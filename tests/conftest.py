@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,17 +21,24 @@ os.environ["HF_ENDPOINT"] = f"http://{HUB_ADDRESS[0]}:{HUB_ADDRESS[1]}"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hep2-tests-")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.pop("HF_TOKEN", None)
+# Only on a CPU two trainings are the same bit for bit.
+os.environ["ACCELERATE_USE_CPU"] = "true"
 # The tests' processes share out the cores, before PyTorch takes all of them in each.
 os.environ.setdefault(
     "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 )
 
+import timm
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 
 import hep2
+import train
 from hep2.checkpoints import save_classifier
 from hep2.data import Cells, load_cells
 from hep2.models import BASE_MODELS, MODELS, Classifier, build_model
+from hep2.recipes import RECIPES, WIDE, Plan, Recipe
 from hep2.synthetic import SyntheticCell, synthetic_field
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +55,24 @@ SMALL = {
     "rescnn": {"widths": [8, 8, 16, 16]},
     "vit": {"stem_widths": [8, 16], "width": 32, "depth": 2, "heads": 2},
 }
+# What `python train.py` does, in seconds.
+TEACHER = "test_efficientnet"
+QUICK = Recipe(
+    epochs=2,
+    batch_size=32,
+    optimizer="adamw",
+    learning_rate=3e-3,
+    schedule="one-cycle",
+    gradient_norm=1.0,
+    augmentation=WIDE,
+    ema_decay=0.9,
+)
+SMALL_PLAN = Plan(
+    models=dict.fromkeys(BASE_MODELS, replace(QUICK, epochs=3, mix_up=True))
+    | {"ensemble": replace(RECIPES["default"].models["ensemble"], epochs=2)},
+    teachers={TEACHER: QUICK},
+    architectures=SMALL,
+)
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +114,54 @@ def untrained(tmp_path_factory) -> Path:
 def bundled() -> hep2.Predictor:
     """A predictor with the weights that ship."""
     return hep2.load(device="cpu")
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptingAccelerator(Accelerator):
+    """Ends a training in the middle, as a power cut would: after some steps, counted over all models."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps_left = steps
+
+    def backward(self, loss: Tensor, **kwargs) -> None:
+        if not self.steps_left:
+            raise Interrupted
+        self.steps_left -= 1
+        super().backward(loss, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory) -> Path:
+    """The weights of a small network of timm, as if they had been trained on other images."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    torch.save(timm.create_model(TEACHER).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def cells_to_train_on() -> Cells:
+    return load_cells("synthetic:40")
+
+
+def run_train(output: Path, teacher: Path, *options: str) -> int:
+    """Run `train.py` in this process, on synthetic cells, with small models and short recipes."""
+    given = ["--dataset", "synthetic:40", "--teacher", f"{TEACHER}={teacher}", "--mixed-precision", "no"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "default", SMALL_PLAN)
+        return train.main([*given, "--output", str(output), *options])
+
+
+@pytest.fixture(scope="session")
+def trained(teacher_file, tmp_path_factory) -> Path:
+    """The output of a whole training run, to be read only."""
+    output = tmp_path_factory.mktemp("trained") / "run"
+    assert run_train(output, teacher_file) == 0
+    return output
 
 
 class Served(NamedTuple):

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from hep2.evaluation import (
+    class_report,
     comparison_table,
     draw_confusion,
     draw_curves,
@@ -12,9 +13,8 @@ from hep2.evaluation import (
     metrics,
     reliability,
     save_figure,
-    train_label,
 )
-from hep2.patterns import CLASS_NAMES, SOURCE_RESULTS
+from hep2.patterns import CLASS_NAMES, MODEL_TITLES
 
 LABELS = np.repeat(np.arange(6), 10)
 
@@ -26,7 +26,7 @@ def sure_of(verdicts: np.ndarray, probability: float = 0.9) -> np.ndarray:
 
 def test_metrics_of_known_verdicts():
     verdicts = LABELS.copy()
-    verdicts[10:15] = 0  # half of Golgi read as Centromere
+    verdicts[10:15] = 0  # half of the Golgi cells are taken for Centromere
     result = metrics(sure_of(verdicts), LABELS)
     assert result["accuracy"] == pytest.approx(55 / 60)
     assert result["mean_class_accuracy"] == result["macro_recall"] == pytest.approx(5.5 / 6)
@@ -67,12 +67,34 @@ def test_reliability_counts_every_cell_once():
     assert [row["accuracy"] for row in bins] == [1, 1]
 
 
-def test_comparison_table_shows_ours_and_the_sources_figures():
+def test_fit_temperature_finds_the_temperature_of_probabilities_too():
+    logits = 3 * torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    assert fit_temperature(logits, (logits / 2.5).softmax(1)) == pytest.approx(2.5, rel=1e-3)
+
+
+def test_fit_temperature_takes_what_was_computed_in_inference_mode():
+    with torch.inference_mode():
+        logits = 3 * torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    assert fit_temperature(logits, logits.argmax(1)) < 1
+
+
+def test_comparison_table_sets_the_references_figures_beside_ours_on_its_own_cells_alone():
     result = metrics(sure_of(LABELS), LABELS)
-    table = comparison_table(dict.fromkeys(SOURCE_RESULTS, result))
+    table = comparison_table(dict.fromkeys(MODEL_TITLES, result))
     assert table.count("1.0000") == 4 * 7
-    assert table.count("the source's") == 4
+    assert table.count("reference") == 4
     assert "0.95" in table
+    alone = comparison_table({"vit": result}, "synthetic:40")
+    assert len(alone.splitlines()) == 2
+    assert "reference" not in alone
+
+
+def test_class_report_has_a_line_a_class():
+    header, *lines = class_report(metrics(sure_of(LABELS[:20]), LABELS[:20])).splitlines()
+    assert header.split() == ["precision", "recall", "F1", "cells"]
+    assert [line.split()[0] for line in lines] == list(CLASS_NAMES)
+    assert lines[0].split()[1:] == ["1.0000", "1.0000", "1.0000", "10"]
+    assert lines[5].split()[1:] == ["0.0000", "0.0000", "0.0000", "0"]
 
 
 def test_figures_are_written_as_png(tmp_path):
@@ -86,10 +108,3 @@ def test_figures_are_written_as_png(tmp_path):
     for number, figure in enumerate(figures):
         save_figure(figure, tmp_path / f"{number}.png")
         assert (tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_train_label_says_what_the_log_measures():
-    told = {"specimen_supervision": True, "finish_changes": {"specimen_supervision": False}}
-    assert train_label({}) == train_label({"settings": {"specimen_supervision": False}}) == "train"
-    assert train_label({"settings": told | {"finish_changes": None}}) == "train, specimens told apart"
-    assert train_label({"settings": told}) == "train, specimens told apart before the finish"

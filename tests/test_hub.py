@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HUB_ADDRESS, ROOT, save_untrained
+from conftest import HUB_ADDRESS, ROOT, run_train, save_untrained
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard, constants
 
@@ -377,39 +377,30 @@ def test_stage_takes_no_run_that_was_not_measured_as_it_is(untrained, run, tmp_p
     assert not (tmp_path / "staged").exists()
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False
-    )
-
-
-def test_train_finds_out_before_training_that_it_may_not_push(hub, run, monkeypatch, tmp_path):
+def test_train_finds_out_before_training_that_it_may_not_push(hub, run, teacher_file, monkeypatch, tmp_path, capsys):
     push(run, NAME, version="1.0.0", tag="taken")
-    train = ["train.py", "--dataset", "synthetic:40", "--output", str(tmp_path / "run"), "--push", NAME]
     for token, options, message in (
         ("hf_wrong", [], "set HF_TOKEN"),
         (TOKEN, ["--private"], f"{NAME} is public already: make it private"),
         (TOKEN, ["--tag", "taken"], f"{NAME} has 'taken' already"),
     ):
         monkeypatch.setenv("HF_TOKEN", token)
-        ended = command(*train, *options)
-        assert ended.returncode == 1, ended.stderr
-        assert message in ended.stderr
+        assert run_train(tmp_path / "run", teacher_file, "--push", NAME, *options) == 1
+        assert message in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
 
-def test_train_and_push_and_load_what_was_pushed(hub, tmp_path):
-    train = ["train.py", "--dataset", "synthetic:40", "--epochs", "1", "--output", str(tmp_path / "run")]
-    staged = command(*train, "--push", NAME, "--dry-run")
-    assert staged.returncode == 0, staged.stderr
-    assert "examples/Golgi/Golgi-" in staged.stdout
+def test_train_and_push_and_load_what_was_pushed(hub, trained, teacher_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hep2.pipeline.save_figure", lambda *_: None)
+    folder = shutil.copytree(trained, tmp_path / "run")  # it trains nothing that is trained
+    assert run_train(folder, teacher_file, "--push", NAME, "--dry-run") == 0
+    assert "examples/Golgi/Golgi-" in capsys.readouterr().out
     assert hub.repositories == {}
-    pushed = command(*train, "--push", NAME)  # trains nothing that is trained
-    assert pushed.returncode == 0, pushed.stderr
-    repository = hub.repositories[NAME]
-    assert repository.refs["main"] in pushed.stdout
+    assert run_train(folder, teacher_file, "--push", NAME) == 0
+    repository, said = hub.repositories[NAME], capsys.readouterr().out
+    assert repository.refs["main"] in said
     (tag,) = repository.refs.keys() - {"main"}
-    assert tag in pushed.stdout
+    assert tag in said
     assert len([path for path in repository.files(tag)[1] if path.startswith("examples/")]) == 30
     weights = find_weights(f"{NAME}@{tag}")
     assert (weights.source, weights.revision) == (NAME, repository.refs["main"])

@@ -1,77 +1,90 @@
-import shutil
-
 import numpy as np
 import pytest
 import torch
+from conftest import small_classifier
 
+from hep2.augmentation import as_strangers
+from hep2.models import Classifier
 from hep2.patterns import CLASS_NAMES
-from hep2.phantoms import phantom_cell
-from hep2.reader import Failure, Reader, Reading, predict
-from hep2.refusal import NOT_CELLS, draw_not_cells, fit_refusal
-from hep2.weights import load_weights
-
-
-def simple_features(images: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.avg_pool2d(images, 13).flatten(1)  # 36 means
-
-
-def test_draw_not_cells_gives_every_kind_as_an_upload_would_be_prepared(phantoms):
-    cells = phantoms.images[:, 0].numpy()
-    images, kinds = draw_not_cells(2 * len(NOT_CELLS), cells, np.random.default_rng(0))
-    assert images.shape == (2 * len(NOT_CELLS), 1, 78, 78)
-    assert images.dtype == np.float32
-    assert images.min() == 0
-    assert images.max() == 1
-    assert kinds == 2 * list(NOT_CELLS)
-    again, _ = draw_not_cells(2 * len(NOT_CELLS), cells, np.random.default_rng(0))
-    np.testing.assert_array_equal(images, again)
-
-
-def test_fit_refusal_refuses_what_is_no_cell_and_few_validation_cells(phantoms):
-    order = torch.randperm(len(phantoms), generator=torch.Generator().manual_seed(0))
-    train, validation = phantoms.images[order[:40]], phantoms.images[order[40:]]
-    labels = phantoms.labels[order[:40]]
-    refusal = fit_refusal(("cnn",), lambda images: [simple_features(images)], train, labels, validation, seed=0)
-    with torch.no_grad():
-        cells = refusal(simple_features(validation)) < refusal.threshold
-        others, _ = draw_not_cells(140, train[:, 0].numpy(), np.random.default_rng(1))
-        refused = refusal(simple_features(torch.from_numpy(others))) < refusal.threshold
-    assert cells.sum() == 1  # of 32: the lowest lies below any low quantile
-    assert refused.float().mean() > 0.6
+from hep2.predictor import Failure, Prediction
+from hep2.rejection import REJECTED_VALIDATION, fit_rejection
+from hep2.rejection.negatives import NEGATIVES, draw_negatives
+from hep2.synthetic import synthetic_cell
+from hep2.training import Examples
 
 
 @pytest.fixture(scope="module")
-def bundled() -> Reader:
-    return Reader(load_weights())
+def parts(synthetic_cells) -> tuple[Examples, Examples]:
+    """Train and validation cells."""
+    order = torch.randperm(len(synthetic_cells), generator=torch.Generator().manual_seed(0))
+    return tuple(
+        Examples(synthetic_cells.images[some], synthetic_cells.labels[some]) for some in (order[:40], order[40:])
+    )
+
+
+@pytest.fixture(scope="module")
+def fitted(parts) -> tuple[Classifier, dict]:
+    classifier = small_classifier()
+    return classifier, fit_rejection(classifier, *parts, seed=0)
+
+
+def test_fit_rejection_tells_cells_from_negatives_it_has_not_seen(fitted, parts):
+    classifier, how = fitted
+    train, validation = parts
+    negatives, _ = draw_negatives(150, train.inputs[:, 0].numpy(), np.random.default_rng(1))
+    with torch.inference_mode():
+        cells = classifier(as_strangers(validation.inputs, torch.Generator().manual_seed(5)))
+        others = classifier(torch.from_numpy(negatives))
+    assert cells.rejected.float().mean() < 0.2
+    assert others.rejected.float().mean() > 2 * cells.rejected.float().mean() + 0.1
+    # Chosen at random, a cell scores higher than a negative in most cases, though the models know nothing.
+    assert (cells.rejection[:, None] > others.rejection).float().mean() > 0.75
+    assert how["negatives"] == len(train.inputs)
+
+
+def test_fit_rejection_rejects_the_share_of_validation_cells_that_it_says(fitted, parts):
+    classifier, how = fitted
+    validation = parts[1].inputs
+    with torch.inference_mode():
+        rejected = classifier(as_strangers(validation, torch.Generator().manual_seed(0))).rejected
+    assert how["rejected_validation"] == REJECTED_VALIDATION
+    assert rejected.float().mean() == pytest.approx(REJECTED_VALIDATION, abs=1 / len(validation))
+
+
+def test_fit_rejection_depends_on_the_seed_and_changes_no_cell_and_no_model(fitted, parts):
+    before = parts[0].inputs.clone()
+    again, other = small_classifier(), small_classifier()
+    fit_rejection(again, *parts, seed=0)
+    fit_rejection(other, *parts, seed=1)
+    assert torch.equal(parts[0].inputs, before)
+    ours, same, another = (classifier.state_dict() for classifier in (fitted[0], again, other))
+    assert all(torch.equal(ours[key], same[key]) for key in ours)
+    assert not torch.equal(ours["rejection.linear.weight"], another["rejection.linear.weight"])
+    assert all(torch.equal(ours[key], another[key]) for key in ours if not key.startswith("rejection."))
+
+
+def test_a_classifier_without_a_fitted_rejection_rejects_nothing():
+    with torch.inference_mode():
+        assert not small_classifier()(torch.rand(5, 1, 78, 78)).rejected.any()
 
 
 @pytest.mark.parametrize("pattern", CLASS_NAMES)
-def test_bundled_weights_read_phantoms(bundled, pattern):
+def test_bundled_weights_reject_few_synthetic_cells(bundled, pattern):
     random = np.random.default_rng(5)
-    readings = list(bundled.read((str(n), phantom_cell(pattern, random)) for n in range(25)))
-    assert sum(reading.refused for reading in readings) <= 3
+    predictions = list(bundled.classify((str(n), synthetic_cell(pattern, random)) for n in range(25)))
+    assert sum(prediction.rejected for prediction in predictions) <= 3
 
 
-def test_bundled_weights_refuse_what_is_no_cell(bundled):
-    cells = np.stack([phantom_cell(p, np.random.default_rng(n)) for p in CLASS_NAMES for n in range(4)]) / 255
+def test_bundled_weights_reject_negatives(bundled):
+    cells = np.stack([synthetic_cell(p, np.random.default_rng(n)) for p in CLASS_NAMES for n in range(4)]) / 255
     random = np.random.default_rng(3)
-    refused = {}
-    for kind, draw in NOT_CELLS.items():
-        answers = list(bundled.read((kind, draw(random, cells.astype(np.float32))) for _ in range(20)))
+    rejected, examples = {}, []
+    for kind, draw in NEGATIVES.items():
+        answers = list(bundled.classify((kind, draw(random, cells.astype(np.float32))) for _ in range(20)))
         # A constant image is a failure, which is no verdict either.
-        refused[kind] = sum(isinstance(answer, Failure) or answer.refused for answer in answers)
-        without = next(answer.as_dict() for answer in answers if isinstance(answer, Reading) and answer.refused)
-        assert without["verdict"] is None
-        assert without["probability"] is None
-        assert without["warnings"][0].startswith("refused: ")
-    assert sum(refused.values()) >= 0.95 * 20 * len(refused), refused
-    assert min(refused.values()) >= 10, refused
-
-
-def test_predict_refuses_nothing_without_a_refusal(untrained, tmp_path):
-    folder = shutil.copytree(untrained, tmp_path / "weights")
-    shutil.rmtree(folder / "refusal")
-    weights = load_weights(folder)
-    assert weights.refusal is None
-    assert "every image a verdict" in weights.notes[0]
-    assert not predict(weights, torch.rand(3, 1, 78, 78)).refused.any()
+        rejected[kind] = sum(isinstance(answer, Failure) or answer.rejected for answer in answers)
+        examples += [answer.as_dict() for answer in answers if isinstance(answer, Prediction) and answer.rejected]
+    assert sum(rejected.values()) >= 0.9 * 20 * len(rejected), rejected
+    assert min(rejected.values()) >= 10, rejected
+    assert {(answer["verdict"], answer["probability"]) for answer in examples} == {(None, None)}
+    assert all(answer["warnings"][0].startswith("rejected: ") for answer in examples)
