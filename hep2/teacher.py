@@ -6,11 +6,14 @@ student see the same augmented batch, half of it mixed up, and the student learn
 
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
+from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from hep2.models import CLASSES
@@ -29,6 +32,11 @@ class Teacher(nn.Module):
         A local file with its weights; without one they come from the Hugging Face Hub.
     pretrained
         False leaves the weights random, for a network that is restored from a checkpoint.
+
+    Raises
+    ------
+    ValueError
+        If timm has no such network, or neither the file nor the Hub has its weights.
     """
 
     def __init__(
@@ -38,6 +46,7 @@ class Teacher(nn.Module):
         self.name, self.size = name, size
         overlay = {"file": str(file)} if file else None
         try:
+            saved = load_state_dict(str(file)) if file and pretrained else None
             self.network = timm.create_model(
                 name,
                 pretrained=pretrained,
@@ -46,9 +55,14 @@ class Teacher(nn.Module):
                 drop_rate=0.2,
                 drop_path_rate=0.1,
             )
-        except (OSError, RuntimeError) as error:
+            # timm leaves random what a file lacks, and our head is new in any case.
+            head = set(self.network.get_classifier().parameters())
+            needed = {key for key, parameter in self.network.named_parameters() if parameter not in head}
+            if saved is not None and not needed <= saved.keys():
+                raise RuntimeError("weights of another network")
+        except (OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
             where = f"in {file}" if file else "on the Hugging Face Hub"
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
                 f"no pretrained weights of {name!r} {where} ({reason}): name a network of `timm.list_models("
                 "pretrained=True)`, give NAME=FILE for weights on disk, or train without: --teacher none"
