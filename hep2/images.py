@@ -10,7 +10,6 @@ from functools import cache, reduce
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from scipy.ndimage import maximum_filter
 
 from hep2.formats import (
     COLOURS,
@@ -218,6 +217,8 @@ def _signal(sample: np.ndarray, noise: np.ndarray | float, coloured: bool) -> np
     """Measure how far the light of each channel (channels, rows, columns) stands out, 0 if no further than noise."""
     kept = np.ones(sample.shape[1:], bool)
     if coloured:  # white is a scale bar or a label, and in every channel; with its seam in JPEG it is left out
+        from scipy.ndimage import maximum_filter  # takes longer than all else here, and grey images don't need it
+
         white = maximum_filter(sample.min(0) > 0.8 * sample.max(), 17)
         kept = ~white if white.mean() < 0.9 else kept
     low, high = np.quantile(sample[:, kept], [0.01, 0.999], axis=1)
