@@ -31,13 +31,13 @@ from hep2.augmentation import Augmentation
 from hep2.checkpoints import read_json, write_json
 from hep2.data import Cells, blocks_of, load_cells, specimen_blocks, specimens_of, split, unique_cells
 from hep2.evaluation import metrics
-from hep2.losses import AuxiliarySpecimenLoss, Batch
+from hep2.losses import AuxiliarySpecimenLoss, Batch, Examples, predict_logits
 from hep2.models import BASE_MODELS, StackEnsemble, build_model
 from hep2.patterns import IMAGE_SIZE, MODEL_TITLES
 from hep2.pipeline import examples_of, train_teachers
 from hep2.recipes import RECIPES, Plan
 from hep2.teacher import Teachers
-from hep2.training import Examples, fit, predict_logits
+from hep2.training import fit
 
 PARTS = ("1", "3", "random")
 EPOCHS, TEACHER_EPOCHS = 12, 6

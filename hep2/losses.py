@@ -1,10 +1,26 @@
-"""What training minimizes: modules that take a model and a batch, and return a loss and the model's logits."""
+"""What training minimizes, and how a model is measured meanwhile."""
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+MEASURING_BATCH = 512
+
+
+class Examples(NamedTuple):
+    """Inputs float32 of shape (examples, …), for images (examples, 1, 78, 78), and labels int64 of (examples,).
+
+    `specimens`, int64 of (examples,), is needed by recipes that draw specimens evenly or have the auxiliary specimen
+    loss, and `diffuse`, the positions of the examples that show a nucleus stained diffusely, int64, by recipes that
+    add such stain.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    specimens: Tensor | None = None
+    diffuse: Tensor | None = None
 
 
 class Batch(NamedTuple):
@@ -54,3 +70,20 @@ class AuxiliarySpecimenLoss(nn.Module):
         share = F.log_softmax(logits, dim=1) - of_class
         joint = of_specimens + share @ self.membership.float()  # log-probability of each specimen
         return F.cross_entropy(joint, batch.specimens, label_smoothing=self.label_smoothing), logits
+
+
+@torch.inference_mode()
+def loss_and_accuracy(model: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy and the accuracy, two scalars, of a model in evaluation mode."""
+    logits = predict_logits(model, examples.inputs)
+    return F.cross_entropy(logits, examples.labels), (logits.argmax(1) == examples.labels).float().mean()
+
+
+@torch.inference_mode()
+def predict_logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return float32 logits (examples, classes), in evaluation mode and full precision."""
+    training = model.training
+    model.eval()
+    logits = torch.cat([model(batch).float() for batch in inputs.split(MEASURING_BATCH)])
+    model.train(training)
+    return logits

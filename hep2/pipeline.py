@@ -21,13 +21,13 @@ from hep2.checkpoints import Weights, load_classifier, read_json, save_classifie
 from hep2.data import Cells, Split, dataset_files, specimens_of, split
 from hep2.evaluation import draw_confusion, draw_curves, draw_reliability, fit_temperature, metrics, save_figure
 from hep2.images import decode
-from hep2.losses import AuxiliarySpecimenLoss
+from hep2.losses import AuxiliarySpecimenLoss, Examples, predict_logits
 from hep2.models import BASE_MODELS, MODELS, Classifier, StackEnsemble, build_model
 from hep2.patterns import CLASS_NAMES, MODEL_TITLES
 from hep2.predictor import Predictor
 from hep2.recipes import Plan
 from hep2.teacher import Teacher, Teachers
-from hep2.training import Examples, fit, predict_logits
+from hep2.training import fit
 
 
 def train_models(

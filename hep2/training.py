@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from timm.optim import param_groups_weight_decay
@@ -22,25 +21,9 @@ from tqdm import tqdm
 
 from hep2.augmentation import REFERENCE_ANGLES, augment, mix_up, rotate_as_reference
 from hep2.checkpoints import write_atomically
-from hep2.losses import Batch, CrossEntropy
+from hep2.cuda_graph import RecordedStep
+from hep2.losses import Batch, CrossEntropy, Examples, loss_and_accuracy
 from hep2.recipes import Recipe
-
-MEASURING_BATCH = 512
-WARM_UP_STEPS = 3  # that run as they are before a step is recorded as a CUDA graph
-
-
-class Examples(NamedTuple):
-    """Inputs float32 of shape (examples, …), for images (examples, 1, 78, 78), and labels int64 of (examples,).
-
-    `specimens`, int64 of (examples,), is needed by recipes that draw specimens evenly or have the auxiliary specimen
-    loss, and `diffuse`, the positions of the examples that show a nucleus stained diffusely, int64, by recipes that
-    add such stain.
-    """
-
-    inputs: Tensor
-    labels: Tensor
-    specimens: Tensor | None = None
-    diffuse: Tensor | None = None
 
 
 def fit(
@@ -264,7 +247,7 @@ class _Run:
         if self.accelerator.device.type != "cuda" or self.accelerator.num_processes > 1:
             return self._train_step(positions)
         if self.graph is None:
-            self.graph = _RecordedStep(self._train_step, positions, self.generator)
+            self.graph = RecordedStep(self._train_step, positions, self.generator)
         return self.graph(positions)
 
     def _train_step(self, positions: Tensor) -> Tensor:
@@ -301,7 +284,9 @@ class _Run:
             with torch.no_grad(), self.accelerator.autocast():
                 targets = self.teacher(inputs)
         specimens = None if train.specimens is None else train.specimens[cells]
-        return Batch(inputs.contiguous(memory_format=torch.channels_last), labels, specimens, targets)
+        if inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return Batch(inputs, labels, specimens, targets)
 
     def _order(self, generator: Generator) -> Tensor:
         """Draw the positions of one epoch's examples: int64 of shape (steps, batch)."""
@@ -372,49 +357,6 @@ class _Run:
         for name, model in self.models.items():
             model.cpu().load_state_dict(kept[name])
             model.eval()
-
-
-class _RecordedStep:
-    """A training step as a CUDA graph, which replays all of its launches at once."""
-
-    def __init__(self, step: Callable[[Tensor], Tensor], positions: Tensor, generator: Generator) -> None:
-        self.step, self.generator = step, generator
-        self.positions, self.taken, self.graph, self.totals = positions.clone(), 0, None, None
-        self.stream = torch.cuda.Stream()
-
-    def __call__(self, positions: Tensor) -> Tensor:
-        self.positions.copy_(positions)
-        if self.taken < WARM_UP_STEPS:
-            self.taken += 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                totals = self.step(self.positions)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return totals
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            self.graph.register_generator_state(self.generator)
-            with torch.cuda.graph(self.graph):
-                self.totals = self.step(self.positions)
-        self.graph.replay()
-        return self.totals
-
-
-@torch.inference_mode()
-def loss_and_accuracy(model: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy and the accuracy, two scalars, of a model in evaluation mode."""
-    logits = predict_logits(model, examples.inputs)
-    return F.cross_entropy(logits, examples.labels), (logits.argmax(1) == examples.labels).float().mean()
-
-
-@torch.inference_mode()
-def predict_logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Return float32 logits (examples, classes), in evaluation mode and full precision."""
-    training = model.training
-    model.eval()
-    logits = torch.cat([model(batch).float() for batch in inputs.split(MEASURING_BATCH)])
-    model.train(training)
-    return logits
 
 
 def weights_of_specimens(labels: Tensor, specimens: Tensor) -> Tensor:
