@@ -1,225 +1,231 @@
-import csv
-import io
-import json
-from dataclasses import replace
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
 import skimage.data
-import tifffile
-from conftest import FIELD_SHAPE as SHAPE
 from conftest import field_of
-from PIL import Image
 
 from benchmarks.fields import overlap
-from hep2.__main__ import main
-from hep2.fields import NEGATIVE, NO_CELLS, NO_PATTERN, _pool, draw_overlay, in_mitosis, read_specimen
-from hep2.imaging import read_intensity
-from hep2.patterns import CLASS_NAMES
-from hep2.phantoms import OTHER_STAINS, phantom_cell, phantom_field
-from hep2.reader import Reader
-from hep2.segmentation import find_cells
-from hep2.weights import load_weights
+from hep2.fields import (
+    NEGATIVE,
+    NO_CELLS,
+    NO_PATTERN,
+    UNCLEAR,
+    SpecimenPrediction,
+    draw_overlay,
+    predict_specimen,
+    specimen_rows,
+)
+from hep2.fields.segmentation import find_cells
+from hep2.fields.stain import measure_stain
+from hep2.images import Decoded
+from hep2.patterns import CLASS_NAMES, MODEL_TITLES
+from hep2.predictor import Prediction
+from hep2.synthetic import expose, reduce_field, synthetic_cell
+
+ORIGIN = {"source": "nowhere", "revision": "none"}
 
 
-@pytest.fixture(scope="module")
-def reader() -> Reader:
-    return Reader(load_weights())
+class Saying:
+    """A predictor that finds the same in all cells, or in turn what it is given."""
+
+    origin = ORIGIN
+
+    def __init__(self, *shares: dict[str, float], rejected: bool = False) -> None:
+        self.shares, self.rejected = shares, rejected
+
+    def classify_cells(self, cells: list) -> list[Prediction]:
+        return [
+            Prediction(name, cell, dict.fromkeys(MODEL_TITLES, self.values(number)), 0.0, self.rejected, ORIGIN)
+            for number, (name, cell) in enumerate(cells)
+        ]
+
+    def values(self, number: int) -> np.ndarray:
+        share = self.shares[number % len(self.shares)]
+        rest = (1 - sum(share.values())) / (6 - len(share))
+        return np.array([share.get(name, rest) for name in CLASS_NAMES])
 
 
-@pytest.mark.parametrize("pattern", ["Homogeneous", "NuMem", "Nucleolar", "Centromere"])
-def test_read_specimen_names_the_pattern(reader, pattern):
+SURE = {name: Saying({name: 0.95}) for name in CLASS_NAMES}
+
+
+@cache
+def field(pattern: str, seed: int = 0, **options) -> np.ndarray:
+    return field_of(pattern, seed, **options)[0]
+
+
+def read(predictor, *images: np.ndarray, **options) -> SpecimenPrediction:
+    return predict_specimen(predictor, [(f"{n}.tif", image) for n, image in enumerate(images)], **options)
+
+
+@pytest.mark.parametrize("pattern", ["Homogeneous", "NuMem", "Nucleolar"])
+def test_predict_specimen_names_the_pattern(bundled, pattern):
     image, cells = field_of(pattern, density=0.6)
-    specimen = read_specimen(reader, [("a.tif", image, [])])
-    answer = specimen.as_dict()
+    answer = read(bundled, image).as_dict()
     assert answer["verdict"] == pattern
     low, high = answer["interval"]
     assert low <= answer["probability"] <= high
     assert len(answer["per_cell"]) == answer["cells"] >= 0.8 * len(cells)
-    assert sum(answer["counts"].values()) + answer["refused"] + answer["mitotic"] == answer["cells"]
+    assert sum(answer["counts"].values()) + answer["rejected"] + answer["mitotic"] == answer["cells"]
     assert answer["counts"][pattern] == max(answer["counts"].values())
-    drawn = np.asarray(draw_overlay(image, specimen.cells))
-    assert drawn.shape == (*SHAPE, 3)
-    assert (drawn[..., 0] != drawn[..., 1]).any()
+    assert answer["nucleus"][0] == pytest.approx(60, rel=0.3)
 
 
-def test_read_specimen_pools_several_fields(reader):
-    fields = [(f"{seed}.tif", field_of("NuMem", seed)[0], []) for seed in range(2)]
-    together = read_specimen(reader, fields).as_dict()
-    alone = [read_specimen(reader, [one]).as_dict() for one in fields]
+@pytest.mark.parametrize("light", [1, 1 / 2, 1 / 4, 1 / 8])
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_predict_specimen_does_not_depend_on_the_exposure(light, bits):
+    image = field("Nucleolar").astype(np.uint8)
+    again = read(SURE["Nucleolar"], expose(image, light=light, bits=bits, offset=0.02 if bits > 8 else 0.0))
+    assert again.verdict == "Nucleolar"
+    assert len(again.cells) == pytest.approx(len(read(SURE["Nucleolar"], image).cells), abs=1)
+    noisy = read(SURE["Nucleolar"], expose(image, np.random.default_rng(0), light=light, bits=bits))
+    assert noisy.verdict == "Nucleolar"
+    assert noisy.signal < again.signal
+
+
+def test_cells_that_hardly_stand_out_are_negative_at_any_gain():
+    random = np.random.default_rng(0)
+    faint = field("Homogeneous") / 25 + random.normal(2, 4, field("Homogeneous").shape)
+    for gain in (0.1, 1, 100):
+        specimen = read(Saying({"Homogeneous": 0.4}), (gain * faint).astype(np.float32))
+        assert specimen.verdict in (NEGATIVE, NO_CELLS)
+        assert specimen.probability is None
+
+
+def test_a_weak_signal_with_a_pattern_is_named_and_warned_of():
+    random = np.random.default_rng(0)
+    weak = field("Homogeneous") + random.normal(0, 40, field("Homogeneous").shape)
+    specimen = read(SURE["Homogeneous"], weak.astype(np.float32))
+    assert specimen.verdict == "Homogeneous"
+    assert any(warning.startswith("weak signal: ") for warning in specimen.warnings)
+
+
+def test_predict_specimen_pools_several_fields_and_numbers_their_cells():
+    images = [field("NuMem", seed) for seed in range(2)]
+    together = read(SURE["NuMem"], *images).as_dict()
+    alone = [read(SURE["NuMem"], one).as_dict() for one in images]
     assert together["cells"] == sum(one["cells"] for one in alone)
     assert {cell["field"] for cell in together["per_cell"]} == {0, 1}
+    assert [cell["number"] for cell in together["per_cell"]] == list(range(1, together["cells"] + 1))
     assert together["files"] == ["0.tif", "1.tif"]
 
 
-def test_read_specimen_takes_any_units_and_fields_of_unlike_exposure(reader):
-    image, _ = field_of("Homogeneous")
-    plain = read_specimen(reader, [("a", image, [])])
-    for unlike in (image / 255, image * 257):
-        answer = read_specimen(reader, [("a", unlike.astype(np.float32), [])])
-        assert (answer.verdict, answer.counts) == (plain.verdict, plain.counts)
-    both = read_specimen(reader, [("a", image, []), ("b", image * 257, [])]).as_dict()
-    assert both["mitotic"] == 2 * plain.as_dict()["mitotic"]
+def test_predict_specimen_is_not_put_off_by_a_field_without_cells():
+    empty = np.full((480, 640), 5.0, np.float32)
+    assert read(SURE["NuMem"], field("NuMem"), empty, empty).verdict == "NuMem"
+    assert read(SURE["NuMem"], empty).verdict == NO_CELLS
 
 
-def test_read_specimen_names_the_field_that_a_note_is_of(reader):
-    image, _ = field_of("NuMem", density=0.3)
-    answer = read_specimen(reader, [("a.tif", image, []), ("b.tif", image, ["the file has 2 frames"])])
-    assert "b.tif: the file has 2 frames" in answer.warnings
+def test_predict_specimen_names_the_field_that_a_warning_is_of():
+    fields = [("a.tif", Decoded(field("NuMem"), ())), ("b.tif", Decoded(field("NuMem"), ("the file has 2 planes",)))]
+    assert "b.tif: the file has 2 planes" in predict_specimen(SURE["NuMem"], fields).warnings
 
 
-def test_in_mitosis_is_who_stands_out_by_packed_chromatin_and_no_bright_nucleolus_or_golgi():
-    told = {True: 0, False: 0}
-    for pattern, seeds in {"Nucleolar": (1, 4, 7), "Golgi": (2, 4), "Speckled": (0, 1)}.items():
-        for seed in seeds:
-            image, cells = field_of(pattern, seed, shape=(700, 900), nucleus=65.0)
-            found = find_cells(image)
-            for cell, mitotic in zip(found.cells, in_mitosis(found), strict=True):
-                if mitotic:
-                    told[any(one.mitotic and overlap(cell.bbox, one.bbox) > 0.3 for one in cells)] += 1
-    assert told[True] > 5
-    assert told[False] == 0
+def test_predict_specimen_takes_arrays_without_a_name_and_another_classifier(bundled):
+    def elsewhere(cells: list) -> list[Prediction]:
+        return SURE["Golgi"].classify_cells(cells)
+
+    specimen = predict_specimen(bundled, [field("NuMem")], classify_cells=elsewhere)
+    assert specimen.files == ["field 1"]
+    assert specimen.counts["Golgi"] == len(specimen.cells) - specimen.as_dict()["mitotic"]
 
 
-def test_read_specimen_is_not_put_off_by_a_field_without_cells(reader):
-    image, _ = field_of("NuMem")
-    empty = [(f"{name}.tif", np.full(SHAPE, 5.0, np.float32), []) for name in "bc"]
-    alone, among = (read_specimen(reader, [("a.tif", image, []), *others]) for others in ([], empty))
-    assert (among.verdict, among.counts) == (alone.verdict, alone.counts) == ("NuMem", alone.counts)
+def test_the_pixel_size_of_a_file_is_used_and_can_be_overridden():
+    decoded = Decoded(field("NuMem"), (), pixel_size=0.15)
+    for given, used in ((None, 0.15), (0.18, 0.18)):
+        specimen = predict_specimen(SURE["NuMem"], [("a", decoded)], pixel_size=given)
+        assert specimen.as_dict()["pixel_size"] == [used]
+        assert specimen.verdict == "NuMem"
 
 
 @pytest.mark.parametrize("pixel_size", [0.0, float("inf"), float("nan"), 100.0])
-def test_read_specimen_takes_no_absurd_pixel_size(reader, pixel_size):
+def test_predict_specimen_takes_no_absurd_pixel_size(pixel_size):
     with pytest.raises(ValueError, match="give micrometres"):
-        read_specimen(reader, [("a", field_of("NuMem")[0], [])], pixel_size=pixel_size)
+        read(SURE["NuMem"], field("NuMem"), pixel_size=pixel_size)
 
 
-def test_read_specimen_says_when_there_is_no_pattern(reader):
-    def answer(image: np.ndarray) -> dict:
-        return read_specimen(reader, [("field", image.astype(np.float32), [])]).as_dict()
-
+def test_predict_specimen_says_when_there_is_no_pattern(bundled):
     random = np.random.default_rng(0)
-    homogeneous, _ = field_of("Homogeneous")
-    faint = answer(homogeneous / 25 + random.normal(2, 0.3, SHAPE))
-    assert faint["verdict"] == NEGATIVE
-    assert faint["probability"] is None
-    assert faint["interval"] is None
-    for photograph in (skimage.data.astronaut()[..., 1], skimage.data.page(), skimage.data.gravel()):
-        assert answer(photograph)["verdict"] in (NO_PATTERN, NO_CELLS, NEGATIVE)
-    assert answer(np.zeros(SHAPE))["verdict"] == NO_CELLS
-    assert answer(random.normal(100, 10, SHAPE))["verdict"] in (NO_PATTERN, NO_CELLS, NEGATIVE)
-    one = answer(phantom_cell("NuMem", random))
-    assert one["verdict"] == NO_CELLS
-    assert "no larger than one cell" in one["warnings"][0]
+    for nothing in (skimage.data.page(), random.normal(100, 10, (480, 640))):
+        assert read(bundled, nothing.astype(np.float32)).verdict in (NO_PATTERN, NO_CELLS, NEGATIVE, UNCLEAR)
+    one = read(bundled, synthetic_cell("NuMem", random))
+    assert one.verdict == NO_CELLS
+    assert "no larger than one cell" in one.warnings[0]
 
 
-@pytest.mark.parametrize("pattern", OTHER_STAINS)
-def test_read_specimen_gives_no_verdict_of_the_six_for_another_pattern(reader, pattern):
-    # As many cells as a laboratory's field has: of a handful, some are drawn as much like a nucleolus as a dot can be.
-    image, _ = phantom_field(pattern, np.random.default_rng(1), nucleus=70.0, density=0.6)
-    assert read_specimen(reader, [("other", image.astype(np.float32), [])]).verdict not in CLASS_NAMES
-
-
-def test_a_stain_outside_the_nuclei_gets_no_nuclear_verdict(reader):
-    specimen = read_specimen(reader, [("a", field_of("NuMem")[0], [])])
-    assert _pool(specimen.cells, faint=False, stained=1.0, hollow=False)["verdict"] == "NuMem"
-    pooled = _pool(specimen.cells, faint=False, stained=1.0, hollow=True)
-    assert pooled["verdict"] == NO_PATTERN
-    assert "resemble NuMem, but the stain lies outside the nuclei" in pooled["warnings"][0]
-
-
-def test_a_second_pattern_is_named_where_it_is_really_there(reader):
-    specimen = read_specimen(reader, [("a", field_of("NuMem", density=0.6)[0], [])])
-    first, other = (0.02 + 0.88 * (np.arange(6) == label) for label in (3, 5))
-
-    def pooled(shares: list[np.ndarray]) -> dict:
-        cells = [
-            replace(one, reading=replace(one.reading, probabilities={"ensemble": shares[number % len(shares)]}))
-            for number, one in enumerate(4 * specimen.cells)  # of few cells, chance could have made it
-        ]
-        return _pool(cells, faint=False, stained=1.0, hollow=False)
-
-    mixed = pooled([first, other, first, other, first])
-    assert (mixed["verdict"], mixed["second"]) == ("NuMem", "Speckled")
-    assert any("mixed: Speckled is there too" in warning for warning in mixed["warnings"])
-    assert pooled([first])["second"] is None
-
-
-def test_a_specimen_whose_cells_say_this_and_that_gets_no_verdict(reader):
-    specimen = read_specimen(reader, [("a", field_of("NuMem")[0], [])])
-    flat = np.full(6, 0.13) + 0.22 * (np.arange(6) == 3)
-    cells = [
-        replace(cell, reading=replace(cell.reading, probabilities={"ensemble": flat}, refused=False))
-        for cell in specimen.cells
-    ]
-    pooled = _pool(cells, faint=False, stained=1.0, hollow=False)
-    assert pooled["verdict"] == NO_PATTERN
-    assert "no pattern stands out; the likeliest, NuMem, has 35%" in pooled["warnings"][0]
-
-
-def test_read_specimen_of_one_cell_says_that_it_rests_on_few(reader):
-    image = np.full(SHAPE, 5.0, np.float32)
-    field, cells = field_of("NuMem", density=0.1, nucleus=70.0)
-    top, left, height, width = cells[0].bbox
-    box = (slice(top - 20, top + height + 20), slice(left - 20, left + width + 20))
-    image[box] = field[box]
-    answer = read_specimen(reader, [("one", image, [])]).as_dict()
-    assert answer["cells"] <= 2
-    if answer["verdict"] != NO_PATTERN:
-        assert "rests on few" in answer["warnings"][-1]
-
-
-def test_specimen_command_prints_words_json_and_a_table(tmp_path, capsys):
-    image, _ = field_of("Nucleolar")
-    path = tmp_path / "field.tif"
-    tifffile.imwrite(path, np.stack([image.astype(np.uint16) * 200] * 2))
-    overlay = tmp_path / "out" / "overlay.png"
-    assert main(["specimen", str(path), "--json", "--overlay", str(overlay)]) == 0
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["verdict"] == "Nucleolar"
-    assert "2 frames" in answer["warnings"][0]
-    assert set(answer["per_cell"][0]) >= {"bbox", "verdict", "probability", "refused", "mitotic", "models"}
-    with Image.open(overlay) as drawn:
-        assert drawn.size == SHAPE[::-1]
-    assert main(["specimen", str(path), "--csv"]) == 0
-    table = capsys.readouterr()
-    rows = list(csv.DictReader(io.StringIO(table.out)))
-    assert len(rows) == answer["cells"]
-    assert table.err.startswith("hep2: Nucleolar\n")
-    assert main(["specimen", "examples/Golgi/1.png", "--csv"]) == 0
-    table = capsys.readouterr()
-    assert table.out.splitlines() == [",".join(rows[0])]
-    assert table.err.startswith("hep2: no cells found\nhep2: the image is no larger than one cell")
-    assert main(["specimen", str(path), str(path), "--overlay", str(overlay)]) == 0
-    assert capsys.readouterr().out.startswith("Nucleolar ")
-    assert (tmp_path / "out" / "overlay-2.png").exists()
-
-
-def test_specimen_command_takes_a_folder_and_writes_over_no_field(tmp_path, capsys):
-    image, _ = field_of("NuMem", density=0.3)
-    fields = [tmp_path / f"field-{number}.png" for number in (1, 2)]
-    for path in fields:
-        Image.fromarray(image.astype(np.uint8)).save(path)
-    before = [path.read_bytes() for path in fields]
-    for given, overlay in ((fields[0], fields[0]), (tmp_path, tmp_path / "field.png")):
-        assert main(["specimen", str(given), "--overlay", str(overlay)]) == 1
-        assert "would write over the field" in capsys.readouterr().err
-    assert [path.read_bytes() for path in fields] == before
-    assert main(["specimen", str(tmp_path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["files"] == list(map(str, fields))
+def verdict_of(image: np.ndarray, predictor: Saying) -> tuple[str, str]:
+    """Return the verdict, and all warnings as one text."""
+    specimen = read(predictor, image)
+    return specimen.verdict, "; ".join(specimen.warnings)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["missing.tif"], "missing.tif: there is no such file"), (["README.md"], "README.md: not an image")],
+    ("image", "predictor", "verdict", "why"),
+    [
+        (lambda: field("NuMem"), Saying({"NuMem": 0.95}, rejected=True), NO_PATTERN, "show none of the six patterns"),
+        (lambda: field("NuMem"), Saying({"NuMem": 0.4, "Speckled": 0.35}), UNCLEAR, "NuMem has 40% and Speckled 35%"),
+        (lambda: field("NuMem"), Saying({"NuMem": 0.6}), "NuMem", "low confidence"),
+        (lambda: field("Golgi", nucleus=45.0), SURE["NuMem"], NO_PATTERN, "outside the nuclei"),
+        (lambda: field("AC-13 PCNA-like", density=0.7), SURE["Speckled"], NO_PATTERN, "by the cell cycle"),
+        (lambda: field("NuMem", density=0.15), SURE["NuMem"], "NuMem", "rests on few"),
+    ],
 )
-def test_specimen_command_names_what_cannot_be_read(arguments, message, capsys):
-    assert main(["specimen", *arguments]) == 1
-    assert message in capsys.readouterr().err
-    assert main(["specimen", "README.md", "--pixel-size", "0"]) == 1
-    assert "the pixel size is 0" in capsys.readouterr().err
+def test_a_verdict_says_what_speaks_against_it(image: Callable, predictor, verdict, why):
+    found, warnings = verdict_of(image(), predictor)
+    assert found == verdict
+    assert why in warnings
 
 
-def test_a_field_of_too_many_pixels_is_refused():
-    with pytest.raises(ValueError, match="cut out a smaller part"):
-        read_intensity(np.zeros((10_000, 10_000), np.uint8))
+def test_a_second_pattern_is_named_where_it_is_really_there():
+    mixed = read(Saying({"NuMem": 0.9}, {"Speckled": 0.9}, {"NuMem": 0.9}), field("NuMem", density=0.7))
+    assert (mixed.verdict, mixed.second) == ("NuMem", "Speckled")
+    assert any("mixed: Speckled is there too" in warning for warning in mixed.warnings)
+    assert read(SURE["NuMem"], field("NuMem")).second is None
+
+
+def test_mitoses_settle_homogeneous_against_speckled():
+    stained = field("Homogeneous", mitoses=0.3)
+    specimen = read(Saying({"Speckled": 0.6, "Homogeneous": 0.3}), stained)
+    assert specimen.mitoses["stained"] >= 2
+    assert specimen.verdict == "Homogeneous"
+    assert any("Homogeneous rather than Speckled" in warning for warning in specimen.warnings)
+    assert verdict_of(stained, SURE["Speckled"])[0] == NO_PATTERN
+
+
+def test_nuclei_of_few_pixels_tell_no_speckles_from_an_even_stain():
+    tiny = reduce_field(field("Homogeneous", density=0.7).astype(np.uint8), [], 11 / 60)[0]
+    assert verdict_of(np.pad(tiny, 30), SURE["Speckled"])[0] not in CLASS_NAMES
+
+
+@pytest.mark.parametrize(("pattern", "kind"), [("Homogeneous", "stained"), ("Nucleolar", "unstained")])
+def test_mitoses_are_told_by_their_shape_and_by_their_chromatin(pattern, kind):
+    image, cells = field_of(pattern, 3, shape=(600, 800), density=0.6, mitoses=0.2)
+    found = find_cells(image)
+    told = measure_stain(image, found).mitoses
+    right = 0
+    for cell, mitosis in zip(found.cells, told, strict=True):
+        there = any(one.mitotic and overlap(cell.bbox, one.bbox) > 0.3 for one in cells)
+        assert mitosis in ((kind, None) if there else (None,))
+        right += mitosis is not None
+    assert right >= 0.6 * sum(cell.mitotic for cell in cells) > 0
+
+
+def test_rows_and_overlay_number_the_cells_alike():
+    image = field("NuMem", mitoses=0.2)
+    specimen = read(SURE["NuMem"], image, pixel_size=0.15)
+    header, *rows = specimen_rows(specimen)
+    table = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [row["cell"] for row in table] == [cell.number for cell in specimen.cells]
+    assert {row["specimen"] for row in table} == {"NuMem"}
+    assert {row["revision"] for row in table} == {"none"}
+    drawn = np.asarray(draw_overlay(specimen, image))
+    assert drawn.shape[1:] == (640, 3)
+    assert drawn.shape[0] > 480  # verdict, legend and scale bar are below
+    assert (drawn[:480, :, 0] != drawn[:480, :, 1]).any()
+    assert (drawn[480:] == 255).all(-1).any()
+
+
+def test_specimen_reads_paths(tmp_path, bundled):
+    with pytest.raises(FileNotFoundError):
+        predict_specimen(bundled, [tmp_path / "missing.tif"])

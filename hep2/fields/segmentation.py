@@ -178,10 +178,16 @@ def _hollow(labels: np.ndarray, light: np.ndarray) -> float:
     numbers, depth = np.arange(1, labels.max() + 1), ndimage.distance_transform_edt(labels > 0)
     depth /= np.maximum(np.append(1, ndimage.maximum(depth, labels, numbers))[labels], 1e-6)
     inner, outer = (
-        ndimage.mean(light**2, np.where(part, labels, 0), numbers)
+        label_means(light**2, np.where(part, labels, 0), len(numbers))
         for part in (depth > 0.65, (depth > 0.25) & (depth < 0.5))
     )
-    return float(np.nanmedian(inner / np.maximum(outer, 1e-9)))
+    return float(np.median(inner / np.maximum(outer, 1e-9)))
+
+
+def label_means(values: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """Return the mean of what lies under each of the labels 1 to `count`; 0 where nothing does."""
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    return (np.bincount(labels.ravel(), values.ravel(), count + 1) / np.maximum(sizes, 1))[1:]
 
 
 def _sizes(shape: tuple[int, int], pixel_size: float | None, step: float = 0.5) -> np.ndarray:
@@ -238,7 +244,7 @@ def _pieces(found: _Light, levels: int, dark: bool) -> _Pieces:
         diameters = np.sqrt(4 / np.pi * area)
         ratings = round_ones * np.exp(-((np.log(diameters / found.size) / 0.4) ** 2))
         rim = (labels > 0) & (ndimage.minimum_filter(labels, 3) != labels)
-        edges = ndimage.mean(slope, np.where(rim, labels, 0), np.arange(1, len(area) + 1))
+        edges = label_means(slope, np.where(rim, labels, 0), len(area))
         boxes = ndimage.find_objects(labels)
         for number in np.flatnonzero(ratings > LEAST_RATING):
             values = (diameters[number] / found.scale, ratings[number], edges[number])

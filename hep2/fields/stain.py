@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from hep2.fields.segmentation import FoundField, background, roundness, scaled
+from hep2.fields.segmentation import FoundField, background, label_means, roundness, scaled
 
 PATCH = 48  # pixels on a side of what is looked at round a cell, of which a nucleus takes
 NUCLEUS = 28
 ANGLES = np.arange(12) * np.pi / 12
 BRIGHT_PLATE = 0.5  # logarithm of the light on a bar through the cell beside that at its sides, of a plate at least
 DARK_PLATE = 0.28  # the same of a dark plate, beside the bar
-COMPACT = 0.94  # roundness of a chromatin plate
+COMPACT = 0.54  # roundness of a chromatin plate, at least
 FEWEST = 5  # cells, below which a field has no typical one to compare with
 
 
@@ -40,8 +40,7 @@ def measure_stain(intensity: np.ndarray, found: FoundField) -> Stain:
     numbers = np.arange(1, len(found.cells) + 1)
     near = ndimage.grey_dilation(labels, size=2 * max(2, int(size / 6)) + 1)
     around = np.where(ndimage.binary_dilation(labels > 0), 0, near)
-    inside = ndimage.mean(light, labels, numbers)
-    outside = np.nan_to_num(ndimage.mean(light, around, numbers)) if around.any() else np.zeros(len(numbers))
+    inside, outside = (label_means(light, part, len(numbers)) for part in (labels, around))
     brightest = ndimage.labeled_comprehension(light, labels, numbers, lambda values: np.quantile(values, 0.9), float, 0)
     noise = _noise(picture)
     typical = max(float(np.median(inside)), 1e-9)
@@ -73,26 +72,26 @@ def _mitoses(light: np.ndarray, found: FoundField) -> list[str | None]:
     detail = patches - ndimage.gaussian_filter(patches, (0, NUCLEUS / 10, NUCLEUS / 10))
     rows = []
     for patch, mask, fine in zip(patches, own, detail, strict=True):
+        mask = mask if mask.any() else np.ones_like(mask)
         middle = ndimage.binary_erosion(mask, iterations=4)
         middle = middle if middle.sum() > 20 else mask
         values = np.sort(patch[mask])
         half = (max(np.quantile(values, 0.05), 0) + np.quantile(values, 0.98)) / 2
-        parts, _ = ndimage.label(mask & (patch > half))
+        parts, _ = ndimage.label(mask & (patch >= half))
         areas = np.bincount(parts.ravel())[1:]
         _, shape = roundness((parts == areas.argmax() + 1).astype(int))
         texture = fine[middle].std() / max(patch[middle].mean(), floor)
-        rows.append(
-            (values[int(0.8 * len(values)) :].mean(), values.mean(), texture, len(values), areas.sum(), shape[0])
-        )
+        rows.append((values[int(0.8 * len(values)) :].mean(), values.mean(), texture, areas.sum(), shape[0]))
     measures = np.array(rows)
-    # Of a typical cell: logarithms of the brightest fifth, the mean, the texture, the area and the bright part's area.
-    peak, mean, texture, area, part = np.log(np.maximum(measures[:, :5], 1e-9) / np.median(measures[:, :5], axis=0)).T
-    compact = measures[:, 5] > COMPACT
-    share = measures[:, 4] / (np.pi / 4 * NUCLEUS**2)
-    plate = compact & (part < np.log(0.6)) & (texture > 0.35) & (peak > 0.15)
-    # Where the cell is too dim to see, its plate alone is outlined: a small, bright nucleus.
-    spread = 1.4826 * np.median(abs(mean))
-    alone = (mean > max(0.3, 2.5 * spread)) & (peak > 0.35) & (area < -0.1) & (bright_bar > 0.2)
+    # Of a typical cell: logarithms of the brightest fifth, the mean, the texture and the bright part's area.
+    peak, mean, texture, part = np.log(np.maximum(measures[:, :4], 1e-9) / np.median(measures[:, :4], axis=0)).T
+    compact = measures[:, 4] > COMPACT
+    share = measures[:, 3] / (np.pi / 4 * NUCLEUS**2)
+    bar = bright_bar > np.median(bright_bar) + BRIGHT_PLATE
+    plate = compact & (part < np.log(0.6)) & (texture > 0.35) & (bar | (peak > 0.15))
+    # Where the cell is too dim to see, little more than its plate is outlined.
+    outstanding = peak > max(0.35, 2.5 * 1.4826 * np.median(abs(peak)))
+    alone = outstanding & (mean > 0.15) & (part < -0.15) & (bright_bar > 0.15)
     dark = (dark_bar > max(DARK_PLATE, np.median(dark_bar) + 0.15)) & (share > 0.5) & (texture < 0.45)
     # Nucleoli are dissolved in mitosis: their stain fills the cell.
     diffuse = (mean > 0.5) & (texture < -0.5) & (part > np.log(2))
