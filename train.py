@@ -7,7 +7,6 @@ import argparse
 import shlex
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from hep2.hub import create_repository, push, stage
 from hep2.models import MODELS
 from hep2.patterns import DEFAULT_DATASET
 from hep2.pipeline import held_out_examples, train
-from hep2.recipes import RECIPES, Plan, with_changes
+from hep2.recipes import RECIPES, choose_plan
 from hep2.rejection import fit_rejection
 
 
@@ -59,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     precision = arguments.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
     accelerator = Accelerator(mixed_precision=precision)
     try:
-        plan, files = _plan(arguments)
+        changes = {"epochs": arguments.epochs, "batch_size": arguments.batch_size}
+        plan, files = choose_plan(arguments.recipe, arguments.teacher, changes)
         if arguments.push and not arguments.dry_run and accelerator.is_main_process:
             create_repository(arguments.push, tag=arguments.tag, private=arguments.private)
         cells = load_cells(arguments.dataset)
@@ -91,21 +91,6 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         accelerator.end_training()
     return 0
-
-
-def _plan(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Path]]:
-    """Return the recipe with what the command changes, and the teachers' local files."""
-    changes = {"epochs": arguments.epochs, "batch_size": arguments.batch_size}
-    plan = with_changes(RECIPES[arguments.recipe], {k: value for k, value in changes.items() if value is not None})
-    given = dict(teacher.partition("=")[::2] for teacher in arguments.teacher or ())
-    if "none" in given:
-        return replace(plan, teachers={}), {}
-    if given and not plan.teachers:
-        raise ValueError(f"--teacher: the recipe {arguments.recipe!r} has no teachers; use --recipe default")
-    if given:
-        settings = next(iter(plan.teachers.values()))
-        plan = replace(plan, teachers={name: plan.teachers.get(name, settings) for name in given})
-    return plan, {name: Path(file) for name, file in given.items() if file}
 
 
 def _push(arguments: argparse.Namespace, cells: Cells) -> None:

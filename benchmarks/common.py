@@ -3,8 +3,6 @@
 import argparse
 import os
 from collections.abc import Iterable
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +14,7 @@ from hep2.checkpoints import Weights
 from hep2.data import Cells, Split, specimen_blocks, split
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET
 from hep2.pipeline import check_unseen
-from hep2.recipes import RECIPES, Plan, with_changes
+from hep2.recipes import RECIPES
 
 SHIFT_SEED = 100  # of the one shift of each cell: no training, calibration or rejection has it
 SHIFT_BATCH = 512  # cells that are shifted together: a part of the seed
@@ -35,24 +33,11 @@ def make_parser(description: str | None, *, weights: bool = False, dataset: bool
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Let a command line choose a recipe as `train.py` does; see `plan_of`."""
+    """Let a command line choose a recipe as `train.py` does; see `hep2.recipes.choose_plan`."""
     parser.add_argument("--recipe", choices=tuple(RECIPES), default="default")
     parser.add_argument("--epochs", type=int, help="in place of the recipe's, for all networks but the stack")
     teachers = "in place of the recipe's, with a local file of their weights; 'none' trains without"
     parser.add_argument("--teacher", nargs="+", metavar="NAME[=FILE]", help=teachers)
-
-
-def plan_of(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Path]]:
-    """Return the plan that a command line asks for, and the teachers' local files."""
-    plan = RECIPES[arguments.recipe]
-    given = dict(teacher.partition("=")[::2] for teacher in arguments.teacher or ())
-    if arguments.teacher:
-        settings = dict.fromkeys(given, next(iter(plan.teachers.values()), None)) | plan.teachers
-        if None in settings.values() and "none" not in given:
-            raise ValueError(f"--teacher: the recipe {arguments.recipe!r} has no teachers; use --recipe default")
-        plan = replace(plan, teachers={name: settings[name] for name in given if name != "none"})
-    changes = {} if arguments.epochs is None else {"epochs": arguments.epochs}
-    return with_changes(plan, changes), {name: Path(file) for name, file in given.items() if file}
 
 
 def make_accelerator() -> Accelerator:

@@ -31,7 +31,6 @@ from benchmarks.common import (
     count_blocks,
     make_accelerator,
     make_parser,
-    plan_of,
     shifted,
     table,
 )
@@ -42,7 +41,7 @@ from hep2.models import MODELS
 from hep2.patterns import IMAGE_SIZE, MODEL_TITLES
 from hep2.pipeline import measure, train
 from hep2.predictor import Output, Predictor
-from hep2.recipes import Plan
+from hep2.recipes import Plan, choose_plan
 from hep2.rejection import fit_rejection
 
 NEIGHBOURS = 5
@@ -56,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folds", type=int, nargs="+", choices=range(FOLDS), help="train these alone, measure nothing")
     add_recipe(parser)
     arguments = parser.parse_args(argv)
-    cells, accelerator, (plan, files) = load_cells(arguments.dataset), make_accelerator(), plan_of(arguments)
+    plan, files = choose_plan(arguments.recipe, arguments.teacher, {"epochs": arguments.epochs})
+    cells, accelerator = load_cells(arguments.dataset), make_accelerator()
     for fold in arguments.folds or range(FOLDS):
         folder = arguments.output / f"fold-{fold}"
         if not is_finished(folder, cells, plan, arguments.recipe, arguments.seed):

@@ -1,6 +1,7 @@
 """How models are trained: the settings of each, and the recipes by name."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from hep2.augmentation import Augmentation
@@ -188,3 +189,30 @@ def with_changes(plan: Plan, changes: dict) -> Plan:
     return replace(
         plan, models=models, teachers={name: replace(recipe, **changes) for name, recipe in plan.teachers.items()}
     )
+
+
+def choose_plan(recipe: str, teachers: list[str] | None, changes: dict) -> tuple[Plan, dict[str, Path]]:
+    """Return a recipe's plan with what a command line changes, and the teachers' local files.
+
+    Parameters
+    ----------
+    teachers
+        ``NAME`` or ``NAME=FILE`` of pretrained networks in place of the recipe's; ``none`` trains without.
+    changes
+        Fields of all networks' recipes but the stack's; a value of None changes nothing.
+
+    Raises
+    ------
+    ValueError
+        If there are teachers for a recipe that has none.
+    """
+    plan = with_changes(RECIPES[recipe], {name: value for name, value in changes.items() if value is not None})
+    given = dict(teacher.partition("=")[::2] for teacher in teachers or ())
+    if "none" in given:
+        return replace(plan, teachers={}), {}
+    if given and not plan.teachers:
+        raise ValueError(f"--teacher: the recipe {recipe!r} has no teachers; use --recipe default")
+    if given:
+        settings = next(iter(plan.teachers.values()))
+        plan = replace(plan, teachers={name: plan.teachers.get(name, settings) for name in given})
+    return plan, {name: Path(file) for name, file in given.items() if file}

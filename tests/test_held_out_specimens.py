@@ -1,7 +1,6 @@
 """`benchmarks.held_out_specimens`, and `benchmarks.experiments`, on cells with the IDs of the published ones."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 from conftest import SMALL
 
 from benchmarks import experiments, held_out_specimens
-from benchmarks.common import count_blocks, make_accelerator, make_parser, plan_of, shifted
+from benchmarks.common import count_blocks, make_accelerator, shifted
 from benchmarks.held_out_specimens import main, nearest_neighbours, simple_features
 from hep2.checkpoints import read_json
 from hep2.data import Cells, blocks_of, load_cells, specimen_blocks, split
@@ -104,31 +103,6 @@ def test_main_trains_every_fold_once_and_measures_all_cells_twice(cells, tmp_pat
     other = replace(PLAN, models=PLAN.models | {"vit": replace(SHORT, learning_rate=2e-3)})
     assert held_out_specimens.is_finished(tmp_path / "fold-0", cells, PLAN, "default", 0)
     assert not held_out_specimens.is_finished(tmp_path / "fold-0", cells, other, "default", 0)
-
-
-@pytest.mark.parametrize(
-    ("teachers", "expected"),
-    [
-        ([], {"tf_efficientnet_lite0": None, "tf_efficientnet_lite2": None}),
-        (["none"], {}),
-        (["tf_efficientnet_lite0=a/b.safetensors"], {"tf_efficientnet_lite0": Path("a/b.safetensors")}),
-    ],
-)
-def test_plan_of_takes_teachers_and_their_files(teachers, expected):
-    parser = make_parser(None)
-    held_out_specimens.add_recipe(parser)
-    arguments = parser.parse_args(["--epochs", "3", *(["--teacher", *teachers] if teachers else [])])
-    plan, files = plan_of(arguments)
-    assert {name: files.get(name) for name in plan.teachers} == expected
-    assert {recipe.epochs for recipe in plan.teachers.values()} <= {3}
-    assert plan.models["cnn"].epochs == 3
-
-
-def test_plan_of_says_that_a_recipe_has_no_teachers():
-    parser = make_parser(None)
-    held_out_specimens.add_recipe(parser)
-    with pytest.raises(ValueError, match="'baseline' has no teachers"):
-        plan_of(parser.parse_args(["--recipe", "baseline", "--teacher", "resnet18"]))
 
 
 def test_experiments_hold_out_a_fold_and_leave_another_alone(cells):

@@ -1,10 +1,11 @@
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from hep2.models import BASE_MODELS, MODELS, build_model
-from hep2.recipes import RECIPES, Recipe, with_changes
+from hep2.recipes import RECIPES, Recipe, choose_plan, with_changes
 
 RECIPE = Recipe(epochs=3, batch_size=8, optimizer="adamw", learning_rate=0.01)
 
@@ -66,3 +67,24 @@ def test_with_changes_changes_all_networks_but_not_the_stack():
 def test_a_recipe_takes_no_values_that_do_not_fit(change, named):
     with pytest.raises(ValueError, match=named):
         replace(RECIPE, **change)
+
+
+@pytest.mark.parametrize(
+    ("teachers", "expected"),
+    [
+        (None, {"tf_efficientnet_lite0": None, "tf_efficientnet_lite2": None}),
+        (["none"], {}),
+        (["tf_efficientnet_lite0=a/b.safetensors"], {"tf_efficientnet_lite0": Path("a/b.safetensors")}),
+        (["resnet18"], {"resnet18": None}),
+    ],
+)
+def test_choose_plan_takes_teachers_and_their_files(teachers, expected):
+    plan, files = choose_plan("default", teachers, {"epochs": 3, "batch_size": None})
+    assert {name: files.get(name) for name in plan.teachers} == expected
+    assert {recipe.epochs for recipe in plan.teachers.values()} <= {3}
+    assert plan.models["cnn"].epochs == 3
+
+
+def test_choose_plan_says_that_a_recipe_has_no_teachers():
+    with pytest.raises(ValueError, match="'baseline' has no teachers"):
+        choose_plan("baseline", ["resnet18"], {})
