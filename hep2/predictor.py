@@ -220,12 +220,28 @@ class Predictor:
 
         return predict_specimen(self, sources, **options)
 
-    def explain(self, name: str, cell: Cell) -> Explanation:
-        """Predict one cell, and say where it spoke for each model's answer."""
+    def explain(
+        self,
+        image: ImageSource | Cell | tuple[str, ImageSource | Cell],
+        *,
+        channel: str | int | None = None,
+        plane: int | None = None,
+    ) -> Explanation:
+        """Predict one cell, and say where it spoke for each model's answer.
+
+        Takes a path, bytes, an array or a prepared `Cell`, or a pair of a name and one of these.
+
+        Raises
+        ------
+        ValueError
+            If it cannot be read.
+        """
+        name, cell = _named(image, 1)
+        if not isinstance(cell, Cell):
+            cell = load_cell(cell, channel=channel, plane=plane)
         (prediction,) = self.classify_cells([(name, cell)])
-        image = torch.from_numpy(cell.pixels)[None].to(self.device)
-        image = image.to(next(self._classifier.cnn.parameters()).dtype)
-        maps = {model: saliency_map(getattr(self._classifier, model), image)[0].cpu().numpy() for model in BASE_MODELS}
+        pixels = torch.from_numpy(cell.pixels)[None].to(self.device, next(self._classifier.cnn.parameters()).dtype)
+        maps = {model: saliency_map(getattr(self._classifier, model), pixels)[0].cpu().numpy() for model in BASE_MODELS}
         maps["ensemble"] = np.mean([maps[model] for model in StackEnsemble.members], axis=0)
         return Explanation(prediction, maps)
 
@@ -243,7 +259,7 @@ def optimized_for_serving(classifier: Classifier, device: torch.device) -> Class
     return served
 
 
-def _named(source: ImageSource | tuple[str, ImageSource], number: int) -> tuple[str, ImageSource]:
+def _named(source: ImageSource | Cell | tuple, number: int) -> tuple[str, ImageSource | Cell]:
     if isinstance(source, tuple):
         return source
     return (str(source) if isinstance(source, (str, Path)) else f"image {number}"), source

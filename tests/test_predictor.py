@@ -245,7 +245,7 @@ def test_the_rejections_threshold_decides(untrained, images):
 
 def test_explain_gives_the_prediction_and_a_map_of_each_model(bundled):
     cell = load_cell(synthetic_cell("Speckled", np.random.default_rng(0)))
-    explanation = bundled.explain("cell.png", cell)
+    explanation = bundled.explain(("cell.png", cell))
     (prediction,) = bundled.classify_cells([("cell.png", cell)])
     assert explanation.prediction.as_dict() == prediction.as_dict()
     assert list(explanation.maps) == list(MODELS)

@@ -70,7 +70,7 @@ class Page:
             cell = make_cell(decoded)
         except (ValueError, OSError) as error:
             return message_html("This image could not be read", str(error), example.name)
-        return verdict_html(self.explain_cell(example.name, cell), decoded, example.truth)
+        return verdict_html(self.explain_cell((example.name, cell)), decoded, example.truth)
 
     def show_example(self, event: gr.EventData) -> str:
         return self.show(self.examples[event.chosen])
@@ -179,7 +179,7 @@ class Page:
         """
         name, source = require(image)
         try:
-            explanation = self.explain_cell(name, load_cell(source, **chosen(channel, plane)))
+            explanation = self.explain_cell((name, load_cell(source, **chosen(channel, plane))))
         except (ValueError, OSError) as error:
             raise gr.Error(str(error), print_exception=False) from error
         with TemporaryDirectory() as folder:
