@@ -76,28 +76,32 @@ def augment(images: Tensor, augmentation: Augmentation, generator: Generator, nu
         chosen = _chosen(images, a.nuclear_stain, generator)
         images = images.index_copy(0, chosen, add_nuclear_stain(images[chosen], nuclei[chosen], generator))
     chosen = _chosen(images, a.share, generator)
-    changed = images[chosen]
-    if a.framing != (1.0, 1.0) or a.aspect:
-        changed = frame(changed, a.framing, a.aspect, generator)
-    if a.resolution:
-        changed = _at_another_resolution(changed, a.resolution, generator)
-    if a.sharpness or a.haze:
-        changed = refocus(changed, a.sharpness, a.haze, generator)
-    if a.noise:
-        grain = torch.randn(changed.shape, device=images.device, generator=generator)
-        changed = changed + a.noise * _uniform(changed, generator).square() * grain
-    if a.exposure:
-        # What is brighter than the camera can tell is clipped.
-        changed = (changed * (1 + a.exposure * _uniform(changed, generator).square())).clamp(max=1)
-    changed = stretch(changed)
-    if a.black_level:
-        level = a.black_level * _symmetric(changed, generator)
-        changed = ((changed - level) / (1 - level)).clamp(0, 1)
-    images = images.index_copy(0, chosen, changed)
+    if len(chosen):  # there is no transform of no images
+        images = images.index_copy(0, chosen, _as_another_microscope(images[chosen], a, generator))
     gamma = torch.exp(a.gamma * _symmetric(images, generator))
     gain = 1 + a.gain * _symmetric(images, generator)
     images = images.clamp(0, 1).pow(gamma) * gain + a.offset * _symmetric(images, generator)
     return images.clamp(0, 1)
+
+
+def _as_another_microscope(images: Tensor, a: Augmentation, generator: Generator) -> Tensor:
+    if a.framing != (1.0, 1.0) or a.aspect:
+        images = frame(images, a.framing, a.aspect, generator)
+    if a.resolution:
+        images = _at_another_resolution(images, a.resolution, generator)
+    if a.sharpness or a.haze:
+        images = refocus(images, a.sharpness, a.haze, generator)
+    if a.noise:
+        grain = torch.randn(images.shape, device=images.device, generator=generator)
+        images = images + a.noise * _uniform(images, generator).square() * grain
+    if a.exposure:
+        # What is brighter than the camera can tell is clipped.
+        images = (images * (1 + a.exposure * _uniform(images, generator).square())).clamp(max=1)
+    images = stretch(images)
+    if a.black_level:
+        level = a.black_level * _symmetric(images, generator)
+        images = ((images - level) / (1 - level)).clamp(0, 1)
+    return images
 
 
 def rotate_as_reference(images: Tensor, angle_index: Tensor, generator: Generator) -> Tensor:
