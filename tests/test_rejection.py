@@ -4,13 +4,13 @@ import torch
 from conftest import small_classifier
 
 from hep2.augmentation import as_strangers
+from hep2.losses import Examples
 from hep2.models import Classifier
 from hep2.patterns import CLASS_NAMES
 from hep2.predictor import Failure, Prediction
 from hep2.rejection import REJECTED_VALIDATION, fit_rejection
 from hep2.rejection.negatives import NEGATIVES, draw_negatives
 from hep2.synthetic import synthetic_cell
-from hep2.training import Examples
 
 
 @pytest.fixture(scope="module")
