@@ -22,7 +22,7 @@ from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES, is_synthet
 from hep2.predictor import Predictor
 from hep2.ui import api
 from hep2.ui.fragments import counts_html, examples_html, image_uri, models_html, steps_html, stretched
-from hep2.ui.page import Example, Page, begin, stopped
+from hep2.ui.page import Example, Page
 
 SYNTHETIC = Path(__file__).with_name("examples")
 UI = Path(__file__).with_name("hep2") / "ui"
@@ -74,11 +74,9 @@ THEME = gr.themes.Soft(
     checkbox_border_color_dark="*neutral_400",
     button_secondary_background_fill_hover_dark="*neutral_600",
 )
-# Gradio's own words follow the browser's language, in a page that is English throughout.
 HEAD = f"""<script>Object.defineProperty(navigator, "language", {{ value: "en" }});</script>
 <meta name="description" content="{SUMMARY}"><meta property="og:title" content="{TITLE}">
-<meta property="og:description" content="{SUMMARY} Four models classify it.">
-<meta property="og:type" content="website">"""
+<meta property="og:description" content="{SUMMARY} Four models classify it.">"""
 # Buttons within our own HTML tell the server which they are.
 CLICK = """element.addEventListener("click", (event) => {
   const button = event.target.closest("[data-click]");
@@ -155,7 +153,7 @@ def build(page: Page, examples_text: str, first: str) -> gr.Blocks:
                     one_options = advanced()
                     gr.Markdown(EXAMPLES_TEXT.format(examples_text))
                     gallery = gr.HTML(thumbnails(cells, "cells"), js_on_load=CLICK)
-                with gr.Column(scale=8, min_width=320):
+                with gr.Column(scale=8, min_width=320, elem_classes="sticky"):
                     result = gr.HTML(first, elem_id="one-result", js_on_load=CLICK)
                     gr.HTML(MODELS_SHOWN)
             with gr.Tab("Many cells", id="many", elem_id="tab-many"):
@@ -198,15 +196,15 @@ def build(page: Page, examples_text: str, first: str) -> gr.Blocks:
         upload.upload(page.show_upload, [upload, *one_options], outputs, **every)
         result.click(lambda paths: (gr.Tabs(selected="field"), paths), given, [tabs, field], **every)
         fields.click(page.show_field_example, None, field, **every)
-        # The last state of a list wins: its change ends the job that runs for the one before, and begins another.
+        # The change of a list ends the job that runs for the list before, and begins another.
         for work, box, options, outputs, stop, triggers in (
             (page.classify_many, many, many_options, [many_result, many_counts, many_files], stop_many, []),
             (page.show_specimen, field, field_options, [field_result, field_files], stop_field, [again.click]),
         ):
-            turn = gr.State()
-            job = turn.change(work, [box, *options], outputs, **every)
-            gr.on([box.change, *triggers], begin, None, [turn, outputs[0]], cancels=[job], **every)
-            stop.click(stopped, None, outputs[0], cancels=[job], queue=False, **private)
+            job = gr.State()
+            gr.on([box.change, *triggers], page.begin, job, [job, outputs[0]], **every)
+            job.change(work, [box, *options, job], outputs, **every)
+            stop.click(page.stop, job, None, **private)
         models_tab.select(page.show_models, None, details, **private)
 
         with gr.Row(visible=False):
@@ -258,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
             theme=THEME,
             css_paths=UI / "page.css",
             js=(UI / "page.js").read_text(),
-            head=HEAD,
+            i18n=gr.I18n(en={"common.upload": "Upload"}),
             footer_links=["api", "settings"],
             run_history=False,
             enable_monitoring=False,
@@ -269,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
             state_session_capacity=100,
             app_kwargs={
                 "dependencies": [Depends(api.guard)],
-                "middleware": [Middleware(api.SecurityHeaders), Middleware(GZipMiddleware)],
+                "middleware": [Middleware(GZipMiddleware), Middleware(api.Responses, head=HEAD)],
             },
             # With gradio[mcp] installed, the API's functions are tools for an assistant as well.
             mcp_server=find_spec("mcp") is not None,

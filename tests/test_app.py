@@ -236,7 +236,7 @@ def test_no_two_images_of_one_request_have_one_name():
 
 
 @pytest.mark.parametrize(
-    "given, expected", [(("", None), (None, None)), (("2", 3.0), (2, 3)), ((" red ", 0), ("red", 0))]
+    "given, expected", [(("", None), (None, None)), (("2", 3.0), (2, 3)), ((" red ", 0), ("red", None))]
 )
 def test_chosen_gives_channel_and_plane_as_the_decoder_takes_them(given, expected):
     assert tuple(page.chosen(*given).values()) == expected
@@ -352,14 +352,28 @@ def test_the_page_lends_a_gpu_only_what_can_travel(untrained, monkeypatch, tmp_p
     shown = page.Page(Predictor(hep2.load(untrained, "cpu").weights, "cpu"))
     image, _ = field_of("NuMem")
     Image.fromarray(image.astype(np.uint8)).save(tmp_path / "field.png")
-    *_, (html, files) = shown.show_specimen([str(tmp_path / "field.png")] * 2, 0, "", None)
+    *_, (html, files) = shown.show_specimen([str(tmp_path / "field.png")] * 2, 0, "", None, shown.begin(None)[0])
     names = [Path(file).name for file in files]
     assert names == ["specimen.csv", "specimen.xlsx", "field-cells.png", "field (2)-cells.png", "report.html"]
-    *_, (html, counts, files) = shown.classify_many([str(GOLGI)] * 3, "", None)
+    *_, (html, counts, files) = shown.classify_many([str(GOLGI)] * 3, "", None, shown.begin(None)[0])
     assert "3 cells" in counts
     assert "1 (3).png" in html
     assert "Saliency" in shown.show(page.Example("", GOLGI, "1.png"))
     assert travelled == ["classify_cells", "classify_cells", "explain"]
+
+
+def test_a_job_ends_when_the_next_of_its_tab_begins_or_it_is_stopped(untrained):
+    shown = page.Page(hep2.load(untrained, "cpu"))
+    first, _ = shown.begin(None)
+    job = shown.classify_many([str(GOLGI)] * 200, "", None, first)
+    assert "64 of 200 cells" in next(job)[0]
+    second, _ = shown.begin(first)
+    assert "Stopped" in list(job)[-1][0]
+    job = shown.classify_many([str(GOLGI)] * 200, "", None, second)
+    next(job)
+    shown.stop(second)
+    assert "Stopped" in list(job)[-1][0]
+    assert not shown.live
 
 
 def test_a_closed_job_ends():

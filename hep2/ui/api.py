@@ -124,19 +124,35 @@ async def guard(request: Request) -> None:
             left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
-class SecurityHeaders:
-    """ASGI middleware that adds `HEADERS` to every response."""
+class Responses:
+    """ASGI middleware that adds `HEADERS` to every response, and `head` to the page.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    What Gradio itself is given as a head comes into the page when its scripts have run: too late for the language that
+    its own words are in, which is the browser's, in a page that is English throughout; and not at all for a preview.
+    """
+
+    def __init__(self, app: ASGIApp, head: str) -> None:
+        self.app, self.head = app, f"<head>{head}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
+        held: list[Message] = []
+
+        async def change(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                if headers.get("content-type", "").startswith("text/html"):
+                    held.append(message)
+                    return
+            elif held:
+                message["body"] = message.get("body", b"").replace(b"<head>", self.head, 1)
+                headers = MutableHeaders(scope=held[0])
+                if "content-length" in headers:
+                    headers["content-length"] = str(len(message["body"]))
+                await send(held.pop())
             await send(message)
 
-        await self.app(scope, receive, send_with_headers)
+        await self.app(scope, receive, change)
 
 
 def folder_for_uploads() -> Path:

@@ -168,6 +168,11 @@ def message_html(title: str, text: str, file: str = "", kind: str = "failed", bu
     return _section(body, title, kind)
 
 
+def empty_html() -> str:
+    """Take away what was shown: to an empty text Gradio keeps the old."""
+    return _section("", "")
+
+
 def progress_html(words: str, share: float | None = None) -> str:
     """Show how far a job is."""
     value = "" if share is None else f' value="{share:.3f}"'

@@ -26,6 +26,7 @@ from hep2.tables import COLUMNS, harmless, table_row
 from hep2.ui.api import NO_IMAGE
 from hep2.ui.fragments import (
     counts_html,
+    empty_html,
     message_html,
     model_details_html,
     progress_html,
@@ -57,6 +58,7 @@ class Page:
 
     def __init__(self, predictor: Predictor, examples: dict[str, Example] | None = None) -> None:
         self.predictor, self.weights, self.examples = predictor, predictor.weights, examples or {}
+        self.live: set[int] = set()  # the jobs that somebody waits for
         # On ZeroGPU these borrow a GPU for some seconds; elsewhere they are as they were. Only the models need it.
         self.explain_cell = spaces.GPU(duration=10)(predictor.explain)
         self.classify_cells = spaces.GPU(duration=lambda cells: 10 + len(cells) // 100)(predictor.classify_cells)
@@ -87,28 +89,40 @@ class Page:
         example = Example("", Path(paths[0]), Path(paths[0]).name, "")
         return self.show(example, channel, plane), None, paths, gr.skip(), gr.skip()
 
-    def classify_many(self, paths: list[str] | None, channel: str, plane: float | None) -> Iterator[tuple]:
+    def begin(self, job: int | None) -> tuple[int, str]:
+        """Announce a job, which ends the one before it in its tab: the last state of a list wins."""
+        self.live.discard(job)
+        self.live.add(job := time.monotonic_ns())
+        return job, progress_html("Starting")
+
+    def stop(self, job: int) -> None:
+        self.live.discard(job)
+
+    def classify_many(self, paths: list[str] | None, channel: str, plane: float | None, job: int) -> Iterator[tuple]:
         """Classify many images into a table and files, which Gradio takes into its care before they are deleted."""
         predictions = []
         check_count(paths or [])
         for prediction in self._classify(named(paths or []), channel, plane):
             predictions.append(prediction)
+            if job not in self.live:
+                yield message_html("Stopped", STOPPED, kind="doubt"), gr.skip(), None
+                return
             if len(predictions) % STEP == 0:
                 done = f"{len(predictions):,} of {len(paths):,} cells"
                 yield progress_html(done, len(predictions) / len(paths)), gr.skip(), None
         if not predictions:
-            yield "", "", None
+            yield empty_html(), counts_html([]), None
             return
         rows = [COLUMNS, *(table_row(prediction, self.weights.revision) for prediction in predictions)]
         with TemporaryDirectory() as folder:
             yield table_html(predictions), counts_html(predictions), spreadsheets(rows, Path(folder) / "cells")
 
     def show_specimen(
-        self, paths: list[str] | None, pixel_size: float | None, channel: str, plane: float | None
+        self, paths: list[str] | None, pixel_size: float | None, channel: str, plane: float | None, job: int
     ) -> Iterator[tuple]:
         """Read the fields of one specimen into a verdict, its cells, and files."""
         if not paths:
-            yield "", None
+            yield empty_html(), None
             return
         try:
             fields = fields_of(named(paths), pixel_size, channel, plane)
@@ -117,6 +131,9 @@ class Page:
             return
         specimen = None
         for specimen in in_steps(partial(self._specimen, fields, pixel_size)):
+            if job not in self.live:
+                yield message_html("Stopped", STOPPED, kind="doubt"), None
+                return
             if isinstance(specimen, str):
                 yield progress_html(specimen), None
         shown = specimen_html(specimen, [decoded.intensity for _, decoded in fields])
@@ -223,19 +240,10 @@ class Page:
         return model_details_html(self.weights)
 
 
-def begin() -> tuple[int, str]:
-    """Announce a job, and return what tells it from the one before."""
-    return time.monotonic_ns(), progress_html("Starting")
-
-
-def stopped() -> str:
-    return message_html("Stopped", STOPPED, kind="doubt")
-
-
 def chosen(channel: str | None, plane: float | None) -> dict:
     """Give channel and plane, as a visitor chose them, the way `hep2.images.decode` takes them."""
     channel = (channel or "").strip()
-    return {"channel": int(channel) if channel.isdecimal() else channel or None, "plane": plane and int(plane)}
+    return {"channel": int(channel) if channel.isdecimal() else channel or None, "plane": int(plane) if plane else None}
 
 
 def is_field(decoded: Decoded) -> bool:
