@@ -101,7 +101,7 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
     drawn = _drawn(intensity)
     notes = ["a scale bar, writing or saturated light was left out"] if drawn.any() else []
     intensity = np.where(drawn, 0, intensity) if drawn.any() else intensity
-    best = _best_size(intensity, pixel_size, dark=False)
+    best = _best_size(intensity, pixel_size)
     nothing = FoundField(cells=[], labels=np.zeros(intensity.shape, np.int32), notes=notes)
     if best is None:
         return nothing
@@ -158,13 +158,13 @@ class _Best(NamedTuple):
     hollow: float
 
 
-def _best_size(intensity: np.ndarray, pixel_size: float | None, dark: bool) -> _Best | None:
+def _best_size(intensity: np.ndarray, pixel_size: float | None, dark: bool = False) -> _Best | None:
     best = None
     for size in _sizes(intensity.shape, pixel_size):
         part = _light(_middle(intensity, WINDOW * size), size, ESTIMATING)
         pieces = _pieces(part, LEVELS // 2, dark)
         if len(pieces.ratings):
-            weight = pieces.ratings**3 * pieces.edges
+            weight = pieces.ratings**4 * pieces.edges**0.5
             # Between number and area: grains are more than cells, and clouds of cells are larger.
             score = float(weight @ pieces.diameters**1.5) * part.scale**2 / part.light.size
             if best is None or score > best.score:
@@ -249,7 +249,7 @@ def _pieces(found: _Light, levels: int, dark: bool) -> _Pieces:
         for number in np.flatnonzero(ratings > LEAST_RATING):
             values = (diameters[number] / found.scale, ratings[number], edges[number])
             candidates.append(
-                (ratings[number] * edges[number], values, boxes[number], labels[boxes[number]] == number + 1)
+                (ratings[number] * edges[number] ** 0.5, values, boxes[number], labels[boxes[number]] == number + 1)
             )
     labels, kept = np.zeros(light.shape, np.int32), []
     for _, values, box, mask in sorted(candidates, key=lambda candidate: -candidate[0]):
