@@ -83,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         if isinstance(error, ConnectionError):
+            print("train.py: log in with `hf auth login` or set HF_TOKEN, or train without --push", file=sys.stderr)
             print(f"train.py: what is trained lies in {arguments.output}; push it with: {again}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -204,7 +205,10 @@ def test_classify_takes_a_dataset_in_place_of_images(untrained, capsys):
 def test_an_interruption_ends_in_one_line_that_says_how_to_go_on(untrained, tmp_path):
     table = tmp_path / "table.csv"
     command = [*COMMAND, "classify", "synthetic:400", "--weights", str(untrained), "--output", str(table)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    # A shell's background job ignores interruptions, and so would what it starts.
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, preexec_fn=heed, **options) as process:
         while not (table.exists() and table.stat().st_size > 2000):
             assert process.poll() is None
             time.sleep(0.02)
