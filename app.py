@@ -202,7 +202,7 @@ def build(page: Page, examples_text: str, first: str) -> gr.Blocks:
             (page.show_specimen, field, field_options, [field_result, field_files], stop_field, [again.click]),
         ):
             job = gr.State()
-            gr.on([box.change, *triggers], page.begin, job, [job, outputs[0]], **every)
+            gr.on([box.change, box.clear, *triggers], page.begin, job, [job, outputs[0]], **every)
             job.change(work, [box, *options, job], outputs, **every)
             stop.click(page.stop, job, None, **private)
         models_tab.select(page.show_models, None, details, **private)
