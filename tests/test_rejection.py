@@ -47,7 +47,8 @@ def test_fit_rejection_rejects_the_share_of_validation_cells_that_it_says(fitted
     with torch.inference_mode():
         rejected = classifier(as_strangers(validation, torch.Generator().manual_seed(0))).rejected
     assert how["rejected_validation"] == REJECTED_VALIDATION
-    assert rejected.float().mean() == pytest.approx(REJECTED_VALIDATION, abs=1 / len(validation))
+    # Another shift of the same cells than the one that the threshold was set on.
+    assert rejected.float().mean() == pytest.approx(REJECTED_VALIDATION, abs=4 / len(validation))
 
 
 def test_fit_rejection_depends_on_the_seed_and_changes_no_cell_and_no_model(fitted, parts):
