@@ -1,11 +1,8 @@
 """Whole slide fields: where the cells lie, and the pattern of the specimen that they show together."""
 
+from hep2.fields.decision import MITOSES_MEAN, NEGATIVE, NO_CELLS, NO_PATTERN, UNCLEAR
 from hep2.fields.drawing import colour_of, draw_overlay, specimen_rows
 from hep2.fields.specimen import (
-    NEGATIVE,
-    NO_CELLS,
-    NO_PATTERN,
-    UNCLEAR,
     CellPrediction,
     SpecimenPrediction,
     check_pixel_size,
@@ -13,6 +10,7 @@ from hep2.fields.specimen import (
 )
 
 __all__ = [
+    "MITOSES_MEAN",
     "NEGATIVE",
     "NO_CELLS",
     "NO_PATTERN",

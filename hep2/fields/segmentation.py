@@ -26,7 +26,7 @@ ONE_CELL = 120  # pixels: a picture that is smaller on both sides is no field
 WINDOW = 14  # nuclei that fit along the side of the part of a field on which their size is estimated
 LEVELS = 14  # of light, at which a field is cut; half as many where only the size is looked for
 LEAST_EDGE = 0.25  # steepness of a nucleus's rim beside the median, below which it is none
-CLEAR_FIT = 0.7  # of bright regions to round ones of one size, from which nothing else is looked for
+CLEAR_FIT = 0.75  # of bright regions to round ones of one size, from which nothing else is looked for
 CLEAR_ROUND = 0.8  # rating of a piece that is a round cell among rings
 MOST_FOR_RINGS = 1200  # pixels along the side of the part of a field in which rings are looked for
 RING_RADIUS = 9.0  # pixels, of a nucleus in the picture that is searched for rings
@@ -87,7 +87,7 @@ class _Pieces(NamedTuple):
 
     @property
     def fit(self) -> float:
-        return float(np.average(self.ratings, weights=self.diameters)) if len(self.ratings) else 0.0
+        return float(np.average(self.ratings, weights=self.diameters)) if np.any(self.diameters) else 0.0
 
 
 def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundField:
@@ -167,7 +167,7 @@ def _best_size(intensity: np.ndarray, pixel_size: float | None, dark: bool = Fal
             weight = pieces.ratings**4 * pieces.edges**0.5
             # Between number and area: grains are more than cells, and clouds of cells are larger.
             score = float(weight @ pieces.diameters**1.5) * part.scale**2 / part.light.size
-            if best is None or score > best.score:
+            if weight.sum() > 0 and (best is None or score > best.score):
                 diameter = float(np.average(pieces.diameters, weights=weight))
                 best = _Best(score, diameter, pieces.fit, _hollow(pieces.labels, part.light))
     return best
