@@ -192,14 +192,18 @@ def build(page: Page, examples_text: str, first: str) -> gr.Blocks:
 
         given = gr.State()  # the upload that is shown under One cell
         gallery.click(page.show_example, None, result, **every)
-        outputs = [result, upload, given, tabs, many]
+        # A box that is filled while its tab is closed tells of no change: these do.
+        many_handed, field_handed = gr.State(), gr.State()
+        outputs = [result, upload, given, tabs, many, many_handed]
         upload.upload(page.show_upload, [upload, *one_options], outputs, **every)
-        result.click(lambda paths: (gr.Tabs(selected="field"), paths), given, [tabs, field], **every)
+        result.click(page.show_as_field, given, [tabs, field, field_handed], **every)
         fields.click(page.show_field_example, None, field, **every)
         # The change of a list ends the job that runs for the list before, and begins another.
+        many_outputs, field_outputs = [many_result, many_counts, many_files], [field_result, field_files]
+        again_or_handed = [again.click, field_handed.change]
         for work, box, options, outputs, stop, triggers in (
-            (page.classify_many, many, many_options, [many_result, many_counts, many_files], stop_many, []),
-            (page.show_specimen, field, field_options, [field_result, field_files], stop_field, [again.click]),
+            (page.classify_many, many, many_options, many_outputs, stop_many, [many_handed.change]),
+            (page.show_specimen, field, field_options, field_outputs, stop_field, again_or_handed),
         ):
             job = gr.State()
             gr.on([box.change, box.clear, *triggers], page.begin, job, [job, outputs[0]], **every)

@@ -22,6 +22,7 @@
   for (const element of document.querySelectorAll(".gradio-container *")) {
     const own = [...element.childNodes].filter((node) => node.nodeType === 3 && node.textContent.trim());
     const box = element.getBoundingClientRect();
+    if (element.closest("svg")) continue; // numbers on a picture have a rim of their own
     if (!own.length || !box.width || !box.height || !element.checkVisibility({ opacityProperty: true })) continue;
     const style = getComputedStyle(element), ground = groundOf(element);
     const [a, b] = [luminance(over(rgba(style.color), ground)), luminance(ground)].sort((x, y) => y - x);

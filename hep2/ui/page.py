@@ -83,11 +83,14 @@ class Page:
     def show_upload(self, paths: list[str] | None, channel: str, plane: float | None) -> tuple:
         """Show a single image at once; hand many over to the tab for many. The box is ready for the next."""
         if not paths:
-            return gr.skip(), None, gr.skip(), gr.skip(), gr.skip()
+            return gr.skip(), None, *[gr.skip()] * 4
         if len(paths) > 1:
-            return gr.skip(), None, gr.skip(), gr.Tabs(selected="many"), paths
+            return gr.skip(), None, gr.skip(), gr.Tabs(selected="many"), paths, time.monotonic_ns()
         example = Example("", Path(paths[0]), Path(paths[0]).name, "")
-        return self.show(example, channel, plane), None, paths, gr.skip(), gr.skip()
+        return self.show(example, channel, plane), None, paths, *[gr.skip()] * 3
+
+    def show_as_field(self, paths: list[str] | None) -> tuple:
+        return gr.Tabs(selected="field"), paths, time.monotonic_ns()
 
     def begin(self, job: int | None) -> tuple[int, str]:
         """Announce a job, which ends the one before it in its tab: the last state of a list wins."""
