@@ -90,7 +90,9 @@ def test_explain_gives_a_map_of_each_model(client):
     prediction, maps = client.predict(handle_file("examples/NuMem/1.png"), api_name="/explain")
     assert prediction["models"].keys() == set(MODELS)
     assert [one["caption"] for one in maps] == MODELS
-    assert all(Image.open(one["image"]).size == (78, 78) for one in maps)
+    for one in maps:
+        with Image.open(one["image"]) as image:
+            assert image.size == (78, 78)
 
 
 def test_models_names_source_and_revision(client, untrained):
