@@ -24,14 +24,15 @@ MITOSES_MEAN = {
 WEAK = 50.0  # signal of a typical cell over noise: below, what shows no pattern is negative, and what does is weak
 NOTHING = 5.0  # the same, below which no pattern is believed
 LEAST_FIT = 0.64  # of the cells to round ones of one size, below which nuclei were not seen: a cytoplasmic stain
-CLEAR_FIT = 0.72  # from which they were; between the two the models must be sure,
+CLEAR_FIT = 0.71  # from which they were; between the two the models must be sure,
 SURE = 0.9  # the mean of the cells' top probability
 CYCLING = 0.42  # spread of the cells' brightness, from which it goes by the cell cycle, as of PCNA and CENP-F
-MOST_REJECTED = 0.6  # of the cells, above which the specimen has no pattern of the six
+MOST_REJECTED = 0.4  # of the cells, above which the specimen has no pattern of the six
 LEAST_PROBABILITY = 0.5  # of a specimen's likeliest pattern, below which none stands out
+BETWEEN = 0.4  # of its probability, from which a runner-up leaves open which of Homogeneous and Speckled it is
 COARSE = 12.0  # pixels of a nucleus, below which speckles cannot be told from an even stain
-MITOSES = 2  # in metaphase or anaphase, of one kind and none of the other, that settle what they can
-SETTLED = 0.15  # probability of Homogeneous, from which stained chromatin makes it the verdict over Speckled
+MITOSES = 2  # of one kind, and hardly any of the other, that settle what they can
+SETTLED = 0.2  # probability from which the pattern that mitoses speak for is the verdict
 LOW_CONFIDENCE = 0.7  # probability of the verdict, below which the answer says so
 SECOND = 0.2  # of the pooled probability, at the lower end of its interval, that makes a second pattern real
 FEW = 10  # cells, below which a verdict says that it rests on few
@@ -40,7 +41,13 @@ DIGITS = 6  # of a probability in an answer
 
 
 def decide(cells: list["CellPrediction"], fields: list[tuple[FoundField, Stain]]) -> dict:
-    """Say what the cells of some fields show together: the fields of `SpecimenPrediction` from `verdict` on."""
+    """Say what the cells of some fields show together.
+
+    Returns
+    -------
+    dict
+        The fields of `SpecimenPrediction` from `verdict` on: a pattern with its probability, or why there is none.
+    """
     if not cells:
         return {"verdict": NO_CELLS, "warnings": ["no whole cell was found: is it a field of cells, bright on dark?"]}
     weights = [len(found.cells) for found, _ in fields]
@@ -48,44 +55,38 @@ def decide(cells: list["CellPrediction"], fields: list[tuple[FoundField, Stain]]
     def typical(values: Iterable[float]) -> float:
         return float(np.average(list(values), weights=weights))
 
-    signal = typical(stain.signal for _, stain in fields)
-    counted = [cell for cell in cells if cell.counted] or [cell for cell in cells if not cell.mitotic] or cells
-    values = np.stack([cell.prediction.probabilities["ensemble"] for cell in counted])  # (cells, 6)
+    interphase = [cell for cell in cells if not cell.mitotic] or cells
+    values = np.stack([cell.prediction.probabilities["ensemble"] for cell in interphase])  # (cells, 6)
     mean, low, high = _interval(values)
-    first, second = mean.argsort()[::-1][:2]
-    reason, verdict = _objection(cells, fields, typical, mean, float(values.max(1).mean())), NO_PATTERN
-    warnings = []
-    if reason is None:
-        first, remark = _settled(first, mean, cells)
-        if first is None:
-            reason = remark
-        elif remark:
-            warnings.append(remark)
-    if reason is None and mean[first] < LEAST_PROBABILITY and not warnings:
-        verdict = UNCLEAR
-        reason = f"{CLASS_NAMES[first]} has {mean[first]:.0%} and {CLASS_NAMES[second]} {mean[second]:.0%}"
-    if signal < NOTHING or (reason is not None and signal < WEAK):
-        faint = f"a typical cell's light is {signal:.0f} times the background's noise: expose longer, or it is negative"
-        return {"verdict": NEGATIVE, "warnings": [faint, *([] if reason is None else [f"rejected: {reason}"])]}
-    if reason is not None:
-        return {"verdict": verdict, "warnings": [f"rejected: {reason}"]}
+    order = mean.argsort()[::-1]
+    first, verdict = order[0], NO_PATTERN
+    objection, remarks = _objection(interphase, fields, typical, CLASS_NAMES[first], float(values.max(1).mean())), []
+    if objection is None:
+        verdict, (first, objection, remarks) = UNCLEAR, _settle(mean, cells)
+    signal = typical(stain.signal for _, stain in fields)
+    if signal < NOTHING or (objection and signal < WEAK):
+        remark = (
+            f"a typical cell's light is {signal:.0f} times the background's noise: expose longer, or it is negative"
+        )
+        return {"verdict": NEGATIVE, "warnings": [remark]}
+    if objection:
+        return {"verdict": verdict, "warnings": [f"rejected: {objection}"]}
     if signal < WEAK:
-        warnings.append(f"weak signal: a typical cell's light is only {signal:.0f} times the background's noise")
+        remarks.append(f"weak signal: a typical cell's light is only {signal:.0f} times the background's noise")
     if mean[first] < LOW_CONFIDENCE:
-        warnings.append(f"low confidence: the verdict has a probability of {mean[first]:.0%}")
-    if len(counted) < FEW:
-        warnings.append(f"only {len(counted)} cells were read: the verdict rests on few")
-    others = [label for label in mean.argsort()[::-1] if label != first]
-    there = low[others[0]] > SECOND
+        remarks.append(f"low confidence: the verdict has a probability of {mean[first]:.0%}")
+    if len(interphase) < FEW:
+        remarks.append(f"only {len(interphase)} cells were read: the verdict rests on few")
+    other = next(label for label in order if label != first)
+    there = low[other] > SECOND
     if there:
-        name = CLASS_NAMES[others[0]]
-        warnings.append(f"mixed: {name} is there too, with a probability of {mean[others[0]]:.0%}")
+        remarks.append(f"mixed: {CLASS_NAMES[other]} is there too, with a probability of {mean[other]:.0%}")
     return {
         "verdict": CLASS_NAMES[first],
         "probability": round(float(mean[first]), DIGITS),
         "interval": (round(float(low[first]), DIGITS), round(float(high[first]), DIGITS)),
-        "second": CLASS_NAMES[others[0]] if there else None,
-        "warnings": warnings,
+        "second": CLASS_NAMES[other] if there else None,
+        "warnings": remarks,
     }
 
 
@@ -102,13 +103,11 @@ def _objection(
     cells: list["CellPrediction"],
     fields: list[tuple[FoundField, Stain]],
     typical: Callable[[Iterable[float]], float],
-    mean: np.ndarray,
+    likeliest: str,
     top: float,
 ) -> str | None:
     """Say why the fields show none of the six patterns, or None where nothing speaks against it."""
-    likeliest = CLASS_NAMES[int(mean.argmax())]
-    interphase = [cell for cell in cells if not cell.mitotic] or cells
-    rejected = sum(cell.prediction.rejected for cell in interphase) / len(interphase)
+    rejected = sum(cell.prediction.rejected for cell in cells) / len(cells)
     if rejected > MOST_REJECTED:
         return f"{rejected:.0%} of the cells show none of the six patterns"
     if typical(found.dark for found, _ in fields) > 0.5:
@@ -126,21 +125,26 @@ def _objection(
     return None
 
 
-def _settled(first: int, mean: np.ndarray, cells: list["CellPrediction"]) -> tuple[int | None, str | None]:
-    """Let mitoses, and the resolution, decide between Homogeneous and Speckled; returns a class, or None, and why."""
-    homogeneous, speckled = CLASS_NAMES.index("Homogeneous"), CLASS_NAMES.index("Speckled")
-    if first not in (homogeneous, speckled):
-        return first, None
-    if np.median([cell.found.diameter for cell in cells]) < COARSE:
-        return None, f"nuclei of less than {COARSE:.0f} pixels cannot tell Speckled from Homogeneous"
+def _settle(mean: np.ndarray, cells: list["CellPrediction"]) -> tuple[int, str | None, list[str]]:
+    """Choose a class by the mean probability, mitoses, and resolution: the class, what leaves it open, and remarks."""
+    homogeneous, speckled, numem = (CLASS_NAMES.index(name) for name in ("Homogeneous", "Speckled", "NuMem"))
+    first, second = mean.argsort()[::-1][:2]
+    close = f"{CLASS_NAMES[first]} has {mean[first]:.0%} and {CLASS_NAMES[second]} {mean[second]:.0%}"
+    if first in (homogeneous, speckled) and np.median([cell.found.diameter for cell in cells]) < COARSE:
+        return first, f"nuclei of less than {COARSE:.0f} pixels tell no speckles from an even stain", []
     kinds = [cell.mitosis for cell in cells]
     stained, unstained = kinds.count("stained"), kinds.count("unstained")
-    if first == speckled and stained >= MITOSES and not unstained:
-        if mean[homogeneous] >= SETTLED:
-            return homogeneous, f"the chromatin of {stained} mitoses is stained: Homogeneous rather than Speckled"
-        return None, f"the cells resemble Speckled, but the chromatin of {stained} mitoses is stained, as of AC-2"
-    if first == homogeneous and unstained >= MITOSES and not stained:
-        if mean[speckled] >= SETTLED:
-            return speckled, f"the chromatin of {unstained} mitoses is not stained: Speckled rather than Homogeneous"
-        return None, f"the cells resemble Homogeneous, but the chromatin of {unstained} mitoses is not stained"
-    return first, None
+    if stained >= max(MITOSES, 5 * unstained) and first in (homogeneous, speckled, numem):
+        remark = f"the chromatin of {stained} mitoses is stained"
+        if mean[homogeneous] < SETTLED:
+            return first, f"the cells resemble {CLASS_NAMES[first]}, but {remark}", []
+        if mean[homogeneous] * BETWEEN > mean[speckled]:
+            return homogeneous, None, [f"{remark}, as of Homogeneous"]
+    elif unstained >= max(MITOSES, 5 * stained) and first in (homogeneous, speckled):
+        remark = f"the chromatin of {unstained} mitoses is not stained"
+        if mean[speckled] < SETTLED:
+            return first, f"the cells resemble {CLASS_NAMES[first]}, but {remark}", []
+        return speckled, None, [f"{remark}, as of Speckled"]
+    # The dense fine speckled pattern, AC-2, lies between the two.
+    between = {first, second} == {homogeneous, speckled} and mean[second] > BETWEEN * mean[first]
+    return first, close if between or mean[first] < LEAST_PROBABILITY else None, []
