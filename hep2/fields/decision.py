@@ -65,10 +65,8 @@ def decide(cells: list["CellPrediction"], fields: list[tuple[FoundField, Stain]]
         verdict, (first, objection, remarks) = UNCLEAR, _settle(mean, cells)
     signal = typical(stain.signal for _, stain in fields)
     if signal < NOTHING or (objection and signal < WEAK):
-        remark = (
-            f"a typical cell's light is {signal:.0f} times the background's noise: expose longer, or it is negative"
-        )
-        return {"verdict": NEGATIVE, "warnings": [remark]}
+        faint = f"a typical cell's light is {signal:.0f} times the background's noise: expose longer, or it is negative"
+        return {"verdict": NEGATIVE, "warnings": [faint, *([f"rejected: {objection}"] if objection else [])]}
     if objection:
         return {"verdict": verdict, "warnings": [f"rejected: {objection}"]}
     if signal < WEAK:
