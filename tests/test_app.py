@@ -4,6 +4,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -282,9 +283,9 @@ def test_unknown_endpoints_get_words_and_leave_no_traceback_and_a_killed_run_no_
     command = [sys.executable, "app.py", "--weights", str(untrained), "--port"]
 
     def start(port: int, log: Path) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [*command, str(port)], cwd=ROOT, env=environment, stdout=log.open("a"), stderr=subprocess.STDOUT
-        )
+        with log.open("a") as output:
+            options = {"cwd": ROOT, "env": environment, "stdout": output, "stderr": subprocess.STDOUT}
+            process = subprocess.Popen([*command, str(port)], **options)
         for _ in range(600):
             try:
                 httpx2.get(f"http://127.0.0.1:{port}/")
@@ -294,8 +295,11 @@ def test_unknown_endpoints_get_words_and_leave_no_traceback_and_a_killed_run_no_
         raise AssertionError("the page did not start")
 
     log = tmp_path / "log"
-    process = start(7_871, log)
-    with httpx2.Client(base_url="http://127.0.0.1:7871/") as web:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = start(port, log)
+    with httpx2.Client(base_url=f"http://127.0.0.1:{port}/") as web:
         for route in ("call", "run", "api"):
             answer = web.post(f"gradio_api/{route}/nothing", json={"data": []})
             assert (answer.status_code, "/classify_batch" in answer.text) == (404, True)
@@ -304,7 +308,7 @@ def test_unknown_endpoints_get_words_and_leave_no_traceback_and_a_killed_run_no_
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=20)
     assert "Traceback" not in log.read_text()
-    process = start(7_871, log)
+    process = start(port, log)
     try:
         assert not sent.exists()
     finally:
