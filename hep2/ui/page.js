@@ -11,13 +11,17 @@
     for (const [key, value] of Object.entries(change)) value ? query.set(key, value) : query.delete(key);
     if (`?${query}` !== location.search) history.pushState(null, "", `?${query}`);
   };
-  const until = async (selector) => {
-    for (let tries = 0; !find(selector) && tries < 100; tries++) await new Promise((done) => setTimeout(done, 50));
+  const until = async (selector, meanwhile) => {
+    for (let tries = 0; !find(selector) && tries < 200; tries++) {
+      meanwhile?.();
+      await new Promise((done) => setTimeout(done, 50));
+    }
     return find(selector);
   };
   const follow = async () => {
     const query = new URLSearchParams(location.search), example = query.get("example");
-    (await until(`#tab-${CSS.escape(query.get("tab") || "one")}-button`))?.click();
+    const tab = `#tab-${CSS.escape(query.get("tab") || "one")}-button`;
+    await until(`${tab}[aria-selected="true"]`, () => find(tab)?.click()); // a click before Gradio listens is lost
     if (example) (await until(`[data-click="${CSS.escape(example)}"]`))?.click();
   };
   const press = (box, button) => {
