@@ -11,9 +11,9 @@ from torch import Generator, Tensor
 
 from hep2.augmentation import as_strangers
 from hep2.checkpoints import Weights
-from hep2.data import Cells, Split, specimen_blocks, split
+from hep2.data import Cells, Split, specimen_blocks
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET
-from hep2.pipeline import check_unseen
+from hep2.pipeline import check_unseen, split_of
 from hep2.recipes import RECIPES
 
 SHIFT_SEED = 100  # of the one shift of each cell: no training, calibration or rejection has it
@@ -53,8 +53,7 @@ def own_split(weights: Weights, cells: Cells) -> Split:
     ValueError
         If they are not.
     """
-    training = weights.training
-    parts = split(cells, training["protocol"], training["seed"], training["fold"] or 0)
+    parts = split_of(weights, cells)
     check_unseen(weights, cells, parts.test)
     return parts
 

@@ -26,6 +26,7 @@ from sklearn.metrics import roc_auc_score
 
 import hep2
 from benchmarks.growth import watched
+from benchmarks.strangers import FAMILIES, FIELDS
 from hep2.fields import SpecimenPrediction, predict_specimen
 from hep2.fields.segmentation import find_cells
 from hep2.fields.stain import measure_stain
@@ -44,15 +45,6 @@ COSTS = (
     ("NuMem", (4472, 4472), 90.0, 0.5),
     ("Golgi", (4472, 4472), 90.0, 0.5),
 )
-FIELD_PATTERNS = {"ACA": "Centromere", "HOM": "Homogeneous", "NUC": "Nucleolar", "ZIA": "Speckled"}
-PICTURE_PATTERNS = {
-    1: "Homogeneous",
-    3: "Centromere",
-    **dict.fromkeys((4, 5), "Speckled"),
-    **dict.fromkeys((8, 9, 10), "Nucleolar"),
-    **dict.fromkeys((11, 12), "NuMem"),
-    22: "Golgi",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,7 +173,7 @@ def measure_real(predictor: hep2.Predictor, folder: Path) -> None:
         specimen = predict_specimen(predictor, [(path.name, decoded)])
         seconds = time.perf_counter() - started
         others = [_read(predictor, (gain * decoded.intensity).round()).verdict for gain in (0.5, 4)]
-        right = _is_right(specimen.verdict, FIELD_PATTERNS.get(path.name[:3]))
+        right = _is_right(specimen.verdict, FIELDS.get(path.name[:3]))
         print(
             f"| {path.name}{'' if right else ' (wrong)'} | {specimen.verdict} | {' | '.join(others)} | "
             f"{len(specimen.cells)} | {specimen.mitoses} | {seconds:.1f} |",
@@ -194,7 +186,7 @@ def measure_pictures(predictor: hep2.Predictor, folder: Path) -> None:
     print("| picture | pattern | verdict | probability | cells | why not |\n|---|---|---|---|---|---|")
     right, count, shares = Counter(), Counter(), {True: [], False: []}
     for group in sorted(folder.iterdir(), key=lambda path: int(path.name.partition("-")[2] or -1)):
-        pattern = PICTURE_PATTERNS.get(int(group.name.partition("-")[2]))
+        pattern = FAMILIES.get(group.name.upper())
         for path in sorted(group.iterdir()):
             specimen = predict_specimen(predictor, [path])
             shares[pattern is not None].append(_sureness(specimen))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from hep2 import __version__
-from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES, is_synthetic
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES, PROTOCOLS, is_synthetic
 
 if TYPE_CHECKING:
     from hep2.checkpoints import Weights
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from hep2.images import ImageSource
     from hep2.predictor import Prediction
 
-PROTOCOLS = ("deduplicated", "reference", "specimen")  # as in hep2.data, which takes seconds to import
 STOPPED = 130  # exit status of a command that Ctrl-C has ended
 
 

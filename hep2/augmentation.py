@@ -179,17 +179,13 @@ def refocus(images: Tensor, sharpness: float, haze: float, generator: Generator)
     The finest detail is divided by up to exp(2 x `sharpness`), or multiplied by up to exp(`sharpness`). Added to the
     image is a blurred copy of itself, 3 to 10 pixels wide, between -0.4 and 4.6 times `haze`, and mostly little.
     """
-    rows, columns = images.shape[-2:]
-    device = images.device
-    # Spatial frequency in cycles a pixel, squared, (rows, columns / 2 + 1).
-    squared = torch.fft.fftfreq(rows, device=device)[:, None].square()
-    squared = squared + torch.fft.rfftfreq(columns, device=device).square()
+    squared = _squared_frequency(images)
     strength = sharpness * (3 * _uniform(images, generator) - 2)
     width = 3 * (10 / 3) ** _uniform(images, generator)
     amount = haze * (5 * _uniform(images, generator) ** 3 - 0.4)
     focus = torch.exp(strength * (squared / 0.25).clamp(max=1))
     transfer = focus * (1 + amount * torch.exp(-2 * math.pi**2 * width**2 * squared))
-    return torch.fft.irfft2(torch.fft.rfft2(images) * transfer, s=(rows, columns))
+    return torch.fft.irfft2(torch.fft.rfft2(images) * transfer, s=images.shape[-2:])
 
 
 def add_nuclear_stain(images: Tensor, nuclei: Tensor, generator: Generator) -> Tensor:
@@ -252,14 +248,19 @@ def as_strangers(images: Tensor, generator: Generator) -> Tensor:
     sizes = torch.randint(24, IMAGE_SIZE + 1, (len(images),), device=images.device, generator=generator)
     for size in sizes.unique().tolist():
         images[sizes == size] = enlarge(reduce(images[sizes == size], size))
-    squared = torch.fft.fftfreq(IMAGE_SIZE, device=images.device)[:, None].square()
-    squared = squared + torch.fft.rfftfreq(IMAGE_SIZE, device=images.device).square()
-    transfer = torch.exp(-2 * math.pi**2 * _uniform(images, generator).square() * squared)
+    transfer = torch.exp(-2 * math.pi**2 * _uniform(images, generator).square() * _squared_frequency(images))
     images = stretch(torch.fft.irfft2(torch.fft.rfft2(images) * transfer, s=images.shape[-2:]))
     images = images ** torch.exp(math.log(0.6) + math.log(1.6 / 0.6) * _uniform(images, generator))
     grain = torch.randn(images.shape, device=images.device, generator=generator)
     images = images + 0.05 * _uniform(images, generator) * grain
     return stretch(images.clamp(min=0.1 * _symmetric(images, generator)))
+
+
+def _squared_frequency(images: Tensor) -> Tensor:
+    """Return the square of each spatial frequency, in cycles a pixel: (rows, columns / 2 + 1)."""
+    rows, columns = images.shape[-2:]
+    squared = torch.fft.fftfreq(rows, device=images.device)[:, None].square()
+    return squared + torch.fft.rfftfreq(columns, device=images.device).square()
 
 
 @cache

@@ -14,12 +14,11 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from hep2.images import ImageSource, decode, prepare
-from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, is_synthetic
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, PROTOCOLS, is_synthetic
 
 if TYPE_CHECKING:
     import datasets
 
-PROTOCOLS = ("deduplicated", "reference", "specimen")
 FOLDS = 4
 SYNTHETIC_A_CLASS = 100
 PUBLISHED_FINGERPRINT = "bb1b8e10df659a5b"  # of all 13,596 cells of the default dataset, wherever a copy lies

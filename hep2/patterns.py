@@ -5,6 +5,7 @@ from dataclasses import dataclass
 IMAGE_SIZE = 78  # rows and columns of a cell image, in pixels, as in the dataset
 DEFAULT_DATASET = "Genius-Society/HEp2"  # on the Hugging Face Hub
 CELLS_IN_DATASET = 13_596
+PROTOCOLS = ("deduplicated", "reference", "specimen")  # that divide it: see `hep2.data.split`
 
 
 def is_synthetic(dataset: object) -> bool:

@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -119,18 +119,9 @@ def assemble(
 
     All is fitted on validation cells shifted as a stranger's, and even on these a model is right more often than on a
     new patient's cells. So a temperature (Guo et al. 2017) may soften a model's probabilities, and never sharpen them.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than five validation cells of a class.
     """
-    if validation.labels.bincount(minlength=len(CLASS_NAMES)).min() < 5:
-        raise ValueError(
-            f"the ensemble needs 5 validation cells of each class; there are {len(validation.labels)} in all: use more"
-        )
     classifier = Classifier(**models).eval()
-    images = as_strangers(validation.inputs.clone(), Generator().manual_seed(seed))
+    images = as_strangers(validation.inputs, Generator().manual_seed(seed))
     logits = {name: predict_logits(model, images) for name, model in models.items()}
     temperatures = {name: max(1.0, fit_temperature(values, validation.labels)) for name, values in logits.items()}
     members = [(logits[name] / temperatures[name]).softmax(1) for name in StackEnsemble.members]
@@ -196,13 +187,14 @@ def train(
         )
     settings = {"plan": plan, "seed": seed, "accelerator": accelerator, "progress": progress}
     output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".lock", timeout=0)  # two trainings would write over each other's weights
-    try:
+    with ExitStack() as stack:
         if accelerator.is_main_process:
-            lock.acquire()
-    except Timeout as error:
-        raise ValueError(f"another process trains into {output}: wait for its end, or give another --output") from error
-    with lock if accelerator.is_main_process else nullcontext():
+            try:  # two trainings would write over each other's weights
+                stack.enter_context(FileLock(output / ".lock", timeout=0))
+            except Timeout as error:
+                raise ValueError(
+                    f"another process trains into {output}: wait for its end, or give another --output"
+                ) from error
         models = train_models(
             cells, parts, output, names=tuple(n for n in BASE_MODELS if n in names), files=files, **settings
         )
@@ -302,6 +294,12 @@ def measure(probabilities: dict[str, np.ndarray], cells: Cells, test: np.ndarray
     return {"models": {name: metrics(values, labels) for name, values in probabilities.items()}}
 
 
+def split_of(weights: Weights, cells: Cells) -> Split:
+    """Divide the cells as the training of the weights has."""
+    trained = weights.training
+    return split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0)
+
+
 def check_unseen(weights: Weights, cells: Cells, test: np.ndarray) -> None:
     """Raise ValueError if the weights have seen any of the `test` positions, in training or in choosing.
 
@@ -310,7 +308,7 @@ def check_unseen(weights: Weights, cells: Cells, test: np.ndarray) -> None:
     trained = weights.training
     if trained["dataset_fingerprint"] != cells.fingerprint:
         return
-    parts = split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0)
+    parts = split_of(weights, cells)
     seen = np.isin(test, np.concatenate([parts.train, parts.validation]))
     if seen.any():
         raise ValueError(
@@ -335,7 +333,7 @@ def held_out_examples(
     trained = weights.training
     if trained["dataset_fingerprint"] != cells.fingerprint:
         raise ValueError(f"the weights were trained on {trained['dataset']}, not on {cells.source}: give that dataset")
-    parts = split(cells, trained["protocol"], trained["seed"], trained["fold"] or 0)
+    parts = split_of(weights, cells)
     # The protocol `reference` has duplicates on both sides.
     seen = {cells.digests[position] for position in (*parts.train, *parts.validation)}
     test = np.array([position for position in parts.test if cells.digests[position] not in seen])

@@ -148,6 +148,7 @@ class Predictor:
         self.weights = weights
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._classifier = optimized_for_serving(weights.classifier, self.device)
+        self._dtype = next(self._classifier.cnn.parameters()).dtype
 
     @property
     def origin(self) -> dict[str, str]:
@@ -163,8 +164,7 @@ class Predictor:
                 f"{IMAGE_SIZE}, {IMAGE_SIZE}), as `hep2.images.load_cell` makes them"
             )
         size = CPU_BATCH if self.device.type == "cpu" else GPU_BATCH
-        dtype = next(self._classifier.cnn.parameters()).dtype
-        answers = [self._classifier(batch.to(self.device, dtype)) for batch in images.split(size)]
+        answers = [self._classifier(batch.to(self.device, self._dtype)) for batch in images.split(size)]
         probabilities, scores, rejected = (torch.cat(parts).cpu().numpy() for parts in zip(*answers, strict=True))
         return Output({name: probabilities[:, number] for number, name in enumerate(MODELS)}, scores, rejected)
 
@@ -240,7 +240,7 @@ class Predictor:
         if not isinstance(cell, Cell):
             cell = load_cell(cell, channel=channel, plane=plane)
         (prediction,) = self.classify_cells([(name, cell)])
-        pixels = torch.from_numpy(cell.pixels)[None].to(self.device, next(self._classifier.cnn.parameters()).dtype)
+        pixels = torch.from_numpy(cell.pixels)[None].to(self.device, self._dtype)
         maps = {model: saliency_map(getattr(self._classifier, model), pixels)[0].cpu().numpy() for model in BASE_MODELS}
         maps["ensemble"] = np.mean([maps[model] for model in StackEnsemble.members], axis=0)
         return Explanation(prediction, maps)

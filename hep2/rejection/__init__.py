@@ -42,7 +42,7 @@ def fit_rejection(classifier: Classifier, train: Examples, validation: Examples,
             drawn.append(prepare(degrade(image, random) if number % 2 else image))
     negatives, _ = draw_negatives(len(cells), cells[:, 0].numpy(), random)
     widely = as_strangers(augment(cells, WIDE, generator, nuclei), generator)
-    positives = [cells, as_strangers(cells.clone(), generator), widely, torch.from_numpy(np.stack(drawn))]
+    positives = [cells, as_strangers(cells, generator), widely, torch.from_numpy(np.stack(drawn))]
     features = [_features(classifier, images) for images in (*positives, torch.from_numpy(negatives))]
     rejection = classifier.rejection
     rejection.mean, rejection.spread = features[1].mean(0), features[1].std(0) + 1e-3
@@ -52,7 +52,7 @@ def fit_rejection(classifier: Classifier, train: Examples, validation: Examples,
     with torch.no_grad():
         rejection.linear.weight.copy_(torch.from_numpy(layer.coef_))
         rejection.linear.bias.copy_(torch.from_numpy(layer.intercept_))
-        kept = as_strangers(validation.inputs.clone(), generator)
+        kept = as_strangers(validation.inputs, generator)
         rejection.threshold = rejection(_features(classifier, kept)).quantile(REJECTED_VALIDATION)
     return {"negatives": len(negatives), "rejected_validation": REJECTED_VALIDATION, "strength": STRENGTH, "seed": seed}
 
