@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from PIL import Image
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
 from hep2.augmentation import as_strangers
 from hep2.checkpoints import Weights, load_classifier, read_json, save_classifier, write_atomically, write_json
@@ -49,8 +49,10 @@ def train_models(
     files
         For some teachers of the plan, a local file of their pretrained weights.
     """
-    torch.manual_seed(seed)
-    models = {name: build_model(name, plan.architectures.get(name)) for name in names}
+    models = {}
+    for name in names:
+        torch.manual_seed(seed)  # a model begins with the same weights, whichever others are trained
+        models[name] = build_model(name, plan.architectures.get(name))
     train, validation = examples_of(cells, parts.train), examples_of(cells, parts.validation)
     settings = {
         "seed": seed,
@@ -63,16 +65,20 @@ def train_models(
         return Teachers(train_teachers(train, validation, output, plan, files or {}, settings))
 
     if plan.teachers:
-        recipe = plan.models[names[0]]
-        fit(models, train, validation, recipe, directory=output / "students", teacher=teacher, **settings)
-        return models
-    specimens, class_of_specimen = specimens_of(cells, parts.train)
+        recipe, taught = plan.models[names[0]], {"teacher": teacher, "taught_by": ", ".join(plan.teachers)}
+        fit(models, train, validation, recipe, directory=output / "students", **taught, **settings)
+    else:
+        specimens, class_of_specimen = specimens_of(cells, parts.train)
+        for name, model in models.items():
+            recipe, losses = plan.models[name], {}
+            if recipe.auxiliary_specimen_loss:
+                losses[name] = AuxiliarySpecimenLoss(class_of_specimen, model.head.in_features, recipe.label_smoothing)
+            known = train._replace(specimens=specimens)
+            fit({name: model}, known, validation, recipe, directory=output / name, losses=losses, **settings)
     for name, model in models.items():
-        recipe, losses = plan.models[name], {}
-        if recipe.auxiliary_specimen_loss:
-            losses[name] = AuxiliarySpecimenLoss(class_of_specimen, model.head.in_features, recipe.label_smoothing)
-        known = train._replace(specimens=specimens)
-        fit({name: model}, known, validation, recipe, directory=output / name, losses=losses, **settings)
+        if plan.models[name].class_balance == "logits":
+            frequency = train.labels.bincount(minlength=len(CLASS_NAMES)) / len(train.labels)
+            model.head.bias.data -= frequency.log()
     return models
 
 
@@ -121,17 +127,20 @@ def assemble(
     new patient's cells. So a temperature (Guo et al. 2017) may soften a model's probabilities, and never sharpen them.
     """
     classifier = Classifier(**models).eval()
-    images = as_strangers(validation.inputs, Generator().manual_seed(seed))
+    images, labels = as_strangers(validation.inputs, Generator().manual_seed(seed)), validation.labels
+    if plan.models["cnn"].class_balance != "none":
+        evenly = repeated_evenly(labels)
+        images, labels = images[evenly], labels[evenly]
     logits = {name: predict_logits(model, images) for name, model in models.items()}
-    temperatures = {name: max(1.0, fit_temperature(values, validation.labels)) for name, values in logits.items()}
+    temperatures = {name: max(1.0, fit_temperature(values, labels)) for name, values in logits.items()}
     members = [(logits[name] / temperatures[name]).softmax(1) for name in StackEnsemble.members]
     shares = torch.cat(members, dim=1).clone()
     # A fifth of the cells is kept aside to watch the fit.
     watched = np.arange(len(shares)) % 5 == 0
     fit(
         {"ensemble": classifier.ensemble},
-        Examples(shares[~watched], validation.labels[~watched]),
-        Examples(shares[watched], validation.labels[watched]),
+        Examples(shares[~watched], labels[~watched]),
+        Examples(shares[watched], labels[watched]),
         plan.models["ensemble"],
         directory=output / "ensemble",
         seed=seed,
@@ -140,9 +149,15 @@ def assemble(
         computed_from=computed_from,
     )
     of_stack = predict_logits(classifier.ensemble, shares)
-    temperatures["ensemble"] = max(1.0, fit_temperature(of_stack, validation.labels))
+    temperatures["ensemble"] = max(1.0, fit_temperature(of_stack, labels))
     classifier.temperatures.copy_(torch.tensor([temperatures[name] for name in MODELS]))
     return classifier
+
+
+def repeated_evenly(labels: Tensor) -> Tensor:
+    """Return positions of labels, int64, that name each as often as the most frequent class has cells."""
+    of_class = [(labels == number).nonzero()[:, 0].numpy() for number in range(len(CLASS_NAMES))]
+    return torch.from_numpy(np.concatenate([np.resize(own, max(map(len, of_class))) for own in of_class]))
 
 
 def train(

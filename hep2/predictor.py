@@ -165,8 +165,7 @@ class Predictor:
             )
         size = CPU_BATCH if self.device.type == "cpu" else GPU_BATCH
         answers = [self._classifier(batch.to(self.device, self._dtype)) for batch in images.split(size)]
-        probabilities, scores, rejected = (torch.cat(parts).cpu().numpy() for parts in zip(*answers, strict=True))
-        return Output({name: probabilities[:, number] for number, name in enumerate(MODELS)}, scores, rejected)
+        return _output(*map(torch.cat, zip(*answers, strict=True)))
 
     def classify(
         self,
@@ -201,7 +200,9 @@ class Predictor:
         """Predict (name, cell) pairs that are decoded and prepared already, in order."""
         if not cells:
             return []
-        output = self(torch.from_numpy(np.stack([cell.pixels for _, cell in cells])))
+        return self._predictions(cells, self(torch.from_numpy(np.stack([cell.pixels for _, cell in cells]))))
+
+    def _predictions(self, cells: Sequence[tuple[str, Cell]], output: Output) -> list[Prediction]:
         return [
             Prediction(
                 name,
@@ -239,9 +240,12 @@ class Predictor:
         name, cell = _named(image, 1)
         if not isinstance(cell, Cell):
             cell = load_cell(cell, channel=channel, plane=plane)
-        (prediction,) = self.classify_cells([(name, cell)])
         pixels = torch.from_numpy(cell.pixels)[None].to(self.device, self._dtype)
-        maps = {model: saliency_map(getattr(self._classifier, model), pixels)[0].cpu().numpy() for model in BASE_MODELS}
+        seen = {model: saliency_map(getattr(self._classifier, model), pixels) for model in BASE_MODELS}
+        with torch.inference_mode():
+            answers = self._classifier.answers({model: pooled for model, (_, pooled) in seen.items()})
+        (prediction,) = self._predictions([(name, cell)], _output(*answers))
+        maps = {model: values[0].cpu().numpy() for model, (values, _) in seen.items()}
         maps["ensemble"] = np.mean([maps[model] for model in StackEnsemble.members], axis=0)
         return Explanation(prediction, maps)
 
@@ -257,6 +261,11 @@ def optimized_for_serving(classifier: Classifier, device: torch.device) -> Class
         for name in BASE_MODELS:
             getattr(served, name).half()
     return served
+
+
+def _output(probabilities: Tensor, scores: Tensor, rejected: Tensor) -> Output:
+    shares, scores, rejected = (values.cpu().numpy() for values in (probabilities, scores, rejected))
+    return Output({name: shares[:, number] for number, name in enumerate(MODELS)}, scores, rejected)
 
 
 def _named(source: ImageSource | Cell | tuple, number: int) -> tuple[str, ImageSource | Cell]:

@@ -25,7 +25,9 @@ class Recipe:
     rotations: bool = False  # each cell in the reference's six rotations
     augmentation: Augmentation | None = None
     mix_up: bool = False  # half of each batch, for what is distilled
-    class_balance: Literal["none", "specimens"] = "none"  # "specimens" draws classes, and specimens in them, evenly
+    # "specimens" draws classes, and specimens in them, evenly; "logits" takes from the logits of a trained model the
+    # logarithm of how frequent each class was (Menon et al. 2021), since no laboratory's patients are mixed as these.
+    class_balance: Literal["none", "specimens", "logits"] = "none"
     auxiliary_specimen_loss: bool = False
     ema_decay: float | None = None  # weights are averaged over the steps with this decay, and the average is kept
     patience: int | None = None  # stop after this many epochs without a better validation loss; keep the best
@@ -37,7 +39,7 @@ class Recipe:
         choices = {
             "optimizer": ("sgd", "adamw"),
             "schedule": ("constant", "one-cycle"),
-            "class_balance": ("none", "specimens"),
+            "class_balance": ("none", "specimens", "logits"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -132,6 +134,7 @@ _STUDENTS = replace(
     label_smoothing=0.0,
     augmentation=WIDE,
     mix_up=True,
+    class_balance="logits",
 )
 # The stack's examples are twelve probabilities each, so there is nothing to augment. Small steps from the members'
 # mean, which is a good start: with larger ones it grows surer than its members, and on new patients too sure.

@@ -37,6 +37,7 @@ def fit(
     accelerator: Accelerator,
     losses: dict[str, nn.Module] | None = None,
     teacher: Callable[[], nn.Module] | None = None,
+    taught_by: str | None = None,
     computed_from: str | None = None,
     progress: bool = True,
 ) -> dict[str, list[dict]]:
@@ -56,6 +57,8 @@ def fit(
     teacher
         Makes what gives probabilities (batch, classes) for images, for models that are to match them. It is not called
         where nothing is left to train.
+    taught_by
+        Names the teacher.
     computed_from
         Names the examples; without it they are told from others by their content.
 
@@ -75,9 +78,20 @@ def fit(
     if recipe.patience is not None and len(models) > 1:
         raise ValueError("patience stops one model's training: train the models one by one")
     directory.mkdir(parents=True, exist_ok=True)
-    run = _Run(models, losses or {}, train, validation, recipe, directory, seed, accelerator, computed_from)
+    losses = losses or {}
+    identity = {
+        "recipe": json.dumps(asdict(recipe), sort_keys=True),
+        "seed": seed,
+        "models": {name: _structure(model) for name, model in models.items()},
+        "losses": {name: _structure(loss) for name, loss in losses.items()},
+        "teacher": taught_by,
+        "examples": computed_from or [_digest(train), _digest(validation)],
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+    run = _Run(models, losses, train, validation, recipe, directory, accelerator, identity)
     if not run.state["finished"]:
-        run.train_all(teacher() if teacher else None, progress)
+        run.train_all(teacher, progress)
     run.finish()
     return run.state["histories"]
 
@@ -121,20 +135,11 @@ class _Run:
         validation: Examples,
         recipe: Recipe,
         directory: Path,
-        seed: int,
         accelerator: Accelerator,
-        computed_from: str | None,
+        identity: dict,
     ) -> None:
-        self.recipe, self.directory, self.seed, self.accelerator = recipe, directory, seed, accelerator
-        self.models = models
-        self.identity = {
-            "recipe": json.dumps(asdict(recipe), sort_keys=True),
-            "seed": seed,
-            "models": {name: _structure(model) for name, model in models.items()},
-            "examples": computed_from or [_digest(train), _digest(validation)],
-            "processes": accelerator.num_processes,
-            "mixed_precision": accelerator.mixed_precision,
-        }
+        self.models, self.recipe, self.directory, self.accelerator = models, recipe, directory, accelerator
+        self.identity, self.seed = identity, identity["seed"]
         self.train, self.validation = (
             Examples(*(None if part is None else part.to(accelerator.device) for part in examples))
             for examples in (train, validation)
@@ -203,9 +208,11 @@ class _Run:
         wrapped, prepared = accelerator.prepare(objective, optimizer)
         return _Trainee(model, objective, wrapped, prepared, rate, averaged)
 
-    def train_all(self, teacher: nn.Module | None, progress: bool) -> None:
+    def train_all(self, teacher: Callable[[], nn.Module] | None, progress: bool) -> None:
+        if not self._goes_on():  # killed behind its last epoch
+            return
         device = self.accelerator.device
-        self.teacher = None if teacher is None else teacher.to(device, memory_format=torch.channels_last).eval()
+        self.teacher = None if teacher is None else teacher().to(device, memory_format=torch.channels_last).eval()
         bar = tqdm(
             total=self.recipe.epochs * self.count,
             initial=self.state["epoch"] * self.count,
@@ -215,7 +222,7 @@ class _Run:
             disable=not (progress and self.accelerator.is_main_process),
         )
         with bar:
-            while self.state["epoch"] < self.recipe.epochs and not self._is_stale():
+            while self._goes_on():
                 self._train_epoch(bar)
                 self._save({name: trainee.tensors() for name, trainee in self.trainees.items()})
 
@@ -325,9 +332,9 @@ class _Run:
                 best = {key: tensor.detach().cpu().clone() for key, tensor in trainee.kept.state_dict().items()}
                 self.state |= {"best_loss": measured[0], "best_epoch": self.state["epoch"], "best": best}
 
-    def _is_stale(self) -> bool:
-        patience = self.recipe.patience
-        return patience is not None and self.state["epoch"] - self.state["best_epoch"] >= patience
+    def _goes_on(self) -> bool:
+        epoch, patience = self.state["epoch"], self.recipe.patience
+        return epoch < self.recipe.epochs and (patience is None or epoch - self.state["best_epoch"] < patience)
 
     def _save(self, trainees: dict) -> None:
         if self.accelerator.is_main_process:

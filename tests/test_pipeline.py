@@ -11,10 +11,10 @@ from conftest import QUICK, SMALL_PLAN, TEACHER, Interrupted, InterruptingAccele
 from filelock import FileLock
 
 from hep2.checkpoints import load_classifier, read_json
-from hep2.data import Cells, load_cells, split
+from hep2.data import Cells, Split, load_cells, split
 from hep2.models import BASE_MODELS, MODELS
 from hep2.patterns import CLASS_NAMES
-from hep2.pipeline import evaluate, held_out_examples, train
+from hep2.pipeline import evaluate, held_out_examples, repeated_evenly, train, train_models
 from hep2.predictor import Predictor
 from hep2.recipes import Plan
 from hep2.rejection import fit_rejection
@@ -112,12 +112,18 @@ def test_a_run_made_in_parts_is_one_made_in_one_go(trained, cells_to_train_on, t
     assert_same_weights(tmp_path, trained)
 
 
-def test_another_seed_in_the_folder_of_a_run_is_an_error(trained, cells_to_train_on, tmp_path):
+@pytest.mark.parametrize(
+    "changed, what",
+    [
+        ({"seed": 1}, "seed"),
+        ({"names": ("cnn",)}, "models"),
+        ({"plan": replace(SMALL_PLAN, teachers={"test_vit": QUICK})}, "teacher"),
+    ],
+)
+def test_another_run_in_the_folder_of_a_run_is_an_error(changed, what, trained, cells_to_train_on, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "run")
-    with pytest.raises(ValueError, match="belongs to another run"):
-        run(cells_to_train_on, folder, seed=1)
-    with pytest.raises(ValueError, match="belongs to another run"):
-        run(cells_to_train_on, folder, names=("cnn",))
+    with pytest.raises(ValueError, match=rf"belongs to another run \(another {what}"):
+        run(cells_to_train_on, folder, **changed)
     assert (folder / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
 
 
@@ -140,6 +146,25 @@ def test_some_models_are_trained_and_measured_and_found_done_by_the_whole_run(
     assert list(run(cells_to_train_on, tmp_path, **settings)["models"]) == list(MODELS)
     assert (tmp_path / "vit" / "checkpoint.pt").read_bytes() == done
     assert load_classifier(tmp_path).training["teachers"] == {}
+
+
+def test_balanced_logits_are_those_of_patterns_that_are_all_as_frequent(cells_to_train_on, tmp_path):
+    labels = cells_to_train_on.labels.numpy()
+    uneven = np.concatenate([np.flatnonzero(labels == label)[: 30 - 4 * label] for label in range(len(CLASS_NAMES))])
+    parts, biases = Split(uneven, uneven[::9], uneven[:0]), {}
+    for balance in ("none", "logits"):
+        plan = replace(WITHOUT_TEACHER, models={"cnn": replace(QUICK, epochs=1, class_balance=balance)})
+        settings = {"plan": plan, "names": ("cnn",), "accelerator": Accelerator(), "progress": False}
+        biases[balance] = train_models(cells_to_train_on, parts, tmp_path / balance, **settings)["cnn"].head.bias
+    frequency = np.bincount(labels[uneven]) / len(uneven)
+    np.testing.assert_allclose((biases["none"] - biases["logits"]).detach(), np.log(frequency), atol=1e-5)
+
+
+def test_cells_are_repeated_until_every_pattern_has_as_many():
+    labels = torch.tensor([5, 0, 0, 1, 2, 2, 2, 3, 4, 5])
+    repeated = repeated_evenly(labels)
+    assert labels[repeated].bincount().tolist() == [3] * 6
+    assert set(repeated.tolist()) == set(range(10))
 
 
 @pytest.mark.parametrize(

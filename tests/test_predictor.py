@@ -254,7 +254,7 @@ def test_explain_gives_the_prediction_and_a_map_of_each_model(bundled):
         values = explanation.maps[name]
         assert values.shape == (78, 78)
         assert 0 <= values.min() <= values.max() <= 1
-        expected = saliency_map(getattr(bundled.weights.classifier, name), image)[0]
+        expected = saliency_map(getattr(bundled.weights.classifier, name), image)[0][0]
         np.testing.assert_allclose(values, expected, rtol=0, atol=1e-3)
     np.testing.assert_allclose(explanation.maps["ensemble"], (explanation.maps["cnn"] + explanation.maps["vit"]) / 2)
 

@@ -53,7 +53,7 @@ def test_saliency_map_shows_where_a_pattern_lies(name, corner):
     cell = synthetic_cell("Homogeneous", np.random.default_rng(0)) / 255
     image = torch.zeros(1, 1, 78, 78)
     image[0, 0, row : row + 39, column : column + 39] = torch.from_numpy(cell[::2, ::2])
-    values = saliency_map(BUILD[name](name), image)[0]
+    values = saliency_map(BUILD[name](name), image)[0][0]
     there = torch.zeros(78, 78, dtype=torch.bool)
     there[row : row + 39, column : column + 39] = True
     assert values[there].mean() > 5 * values[~there].mean()
@@ -65,7 +65,8 @@ def test_saliency_maps_lie_in_range_and_change_no_model(name):
     model = BUILD[name](name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     images = torch.rand(3, 1, 78, 78, generator=torch.Generator().manual_seed(0))
-    maps = saliency_map(model, images)
+    maps, pooled = saliency_map(model, images)
+    torch.testing.assert_close(pooled, model.pool(model.forward_features(images)).detach())
     assert maps.shape == (3, 78, 78)
     assert maps.dtype == torch.float32
     assert maps.min() >= 0
@@ -77,8 +78,8 @@ def test_saliency_maps_lie_in_range_and_change_no_model(name):
 @pytest.mark.parametrize("name", BASE_MODELS)
 def test_a_saliency_map_is_of_its_own_image(name):
     model, images = getattr(small_classifier(), name), torch.rand(3, 1, 78, 78)
-    alone = torch.cat([saliency_map(model, image[None]) for image in images])
-    torch.testing.assert_close(saliency_map(model, images), alone, rtol=0, atol=1e-4)
+    alone = torch.cat([saliency_map(model, image[None])[0] for image in images])
+    torch.testing.assert_close(saliency_map(model, images)[0], alone, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", BASE_MODELS)
@@ -86,4 +87,4 @@ def test_where_nothing_speaks_for_the_class_the_map_is_empty(name):
     model = getattr(small_classifier(), name)
     with torch.no_grad():
         model.head.weight.zero_()
-    assert saliency_map(model, torch.rand(1, 1, 78, 78)).abs().max() == 0
+    assert saliency_map(model, torch.rand(1, 1, 78, 78))[0].abs().max() == 0

@@ -12,6 +12,7 @@ from conftest import Interrupted, InterruptingAccelerator
 from torch import nn
 
 from hep2.augmentation import Augmentation
+from hep2.checkpoints import write_atomically
 from hep2.data import Cells
 from hep2.losses import AuxiliarySpecimenLoss, Batch, CrossEntropy, Examples, loss_and_accuracy
 from hep2.patterns import CLASS_NAMES
@@ -118,6 +119,28 @@ def test_fit_of_a_finished_run_changes_nothing_and_asks_for_no_teacher(synthetic
         assert not again[name].training
 
 
+def test_a_run_killed_behind_its_last_epoch_asks_for_no_teacher(synthetic_cells, tmp_path, monkeypatch):
+    calls = []
+
+    def kill_at_the_end(path: Path, data: bytes) -> None:
+        calls.append(path.name)
+        if calls.count("checkpoint.pt") > DISTILLED.epochs:
+            raise Interrupted
+        write_atomically(path, data)
+
+    def teacher() -> nn.Module:
+        calls.append("teacher")
+        return some_teacher()
+
+    monkeypatch.setattr("hep2.training.write_atomically", kill_at_the_end)
+    with pytest.raises(Interrupted):
+        run(synthetic_cells, tmp_path, DISTILLED, teacher=teacher)
+    monkeypatch.undo()
+    _, histories = run(synthetic_cells, tmp_path, DISTILLED, teacher=teacher)
+    assert len(histories["first"]) == DISTILLED.epochs
+    assert calls.count("teacher") == 1
+
+
 def test_fit_writes_the_log_that_a_run_killed_at_its_end_has_left_out(synthetic_cells, tmp_path):
     _, histories = run(synthetic_cells, tmp_path)
     log = tmp_path / "second" / "log.jsonl"
@@ -143,6 +166,8 @@ def test_models_side_by_side_are_trained_as_each_would_be_alone(synthetic_cells,
         ({"models": {"first": small_model(0)}}, "models"),
         ({"models": {"first": small_model(0), "second": nn.Sequential(nn.Flatten(), nn.Linear(78 * 78, 6))}}, "models"),
         ({"computed_from": "other cells"}, "examples"),
+        ({"losses": {"first": CrossEntropy(0.1)}}, "losses"),
+        ({"taught_by": "another"}, "teacher"),
     ],
 )
 def test_fit_takes_no_directory_of_another_run(changed, what, synthetic_cells, tmp_path):

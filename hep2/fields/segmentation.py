@@ -25,7 +25,7 @@ FINE_TEXTURE = 24.0  # pixels of a nucleus, below which fine texture is missing
 ONE_CELL = 120  # pixels: a picture that is smaller on both sides is no field
 WINDOW = 14  # nuclei that fit along the side of the part of a field on which their size is estimated
 LEVELS = 14  # of light, at which a field is cut; half as many where only the size is looked for
-LEAST_EDGE = 0.25  # steepness of a nucleus's rim beside the median, below which it is none
+LEAST_EDGE = 0.2  # steepness of a nucleus's rim beside the median, times its rating, below which it is none
 CLEAR_FIT = 0.75  # of bright regions to round ones of one size, from which nothing else is looked for
 CLEAR_ROUND = 0.8  # rating of a piece that is a round cell among rings
 MOST_FOR_RINGS = 1200  # pixels along the side of the part of a field in which rings are looked for
@@ -126,7 +126,7 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
         if not len(pieces.ratings):
             return nothing
         nucleus, fit, scale = float(np.median(pieces.diameters)), pieces.fit, pieces.scale
-        faint = np.flatnonzero(pieces.edges < LEAST_EDGE * np.median(pieces.edges)) + 1
+        faint = np.flatnonzero(pieces.edges * pieces.ratings < LEAST_EDGE * np.median(pieces.edges)) + 1
         labels = np.where(np.isin(pieces.labels, faint), 0, pieces.labels)
     if drawn.any():
         drawn = transform.resize(drawn, labels.shape, order=0)
@@ -238,8 +238,12 @@ def _pieces(found: _Light, levels: int, dark: bool) -> _Pieces:
     slope = ndimage.gaussian_gradient_magnitude(found.light, 1.0)
     low, high = np.quantile(light, [0.02, 0.995])
     candidates = []
-    for level in np.linspace(low, high, levels + 2)[1:-1]:
-        labels = _apart(light > level, found.size)
+    masks = [light > level for level in np.linspace(low, high, levels + 2)[1:-1]]
+    # Between nuclei that lie side by side it is darker than on the whole round there, if no darker than elsewhere.
+    if levels == LEVELS:
+        masks.append((light > ndimage.gaussian_filter(light, found.size / 4)) & masks[0])
+    for mask in masks:
+        labels = _apart(mask, found.size)
         area, round_ones = roundness(labels)
         diameters = np.sqrt(4 / np.pi * area)
         ratings = round_ones * np.exp(-((np.log(diameters / found.size) / 0.4) ** 2))
