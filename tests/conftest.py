@@ -31,6 +31,7 @@ os.environ.setdefault(
 import timm
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 from torch import Tensor
 
 import hep2
@@ -158,9 +159,13 @@ def run_train(output: Path, teacher: Path, *options: str) -> int:
 
 @pytest.fixture(scope="session")
 def trained(teacher_file, tmp_path_factory) -> Path:
-    """The output of a whole training run, to be read only."""
-    output = tmp_path_factory.mktemp("trained") / "run"
-    assert run_train(output, teacher_file) == 0
+    """The output of a whole training run, to be read only, which all of the tests' processes share."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    output = folder / "trained" / "run"
+    with FileLock(folder / "trained.lock"):
+        if not (output / "metrics.json").exists():
+            assert run_train(output, teacher_file) == 0
     return output
 
 
@@ -192,7 +197,7 @@ def serving_page(*arguments: str) -> Iterator[Served]:
                 time.sleep(0.2)
         yield Served(f"http://127.0.0.1:{port}/", process, cache)
     finally:
-        process.terminate()
+        process.kill()  # told to end, it waits for seconds for who is connected
         process.wait(timeout=20)
 
 

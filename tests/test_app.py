@@ -278,6 +278,7 @@ def test_headers_let_only_hugging_face_embed_and_no_other_site_upload(web):
     assert web.post("gradio_api/upload", files={"files": ("a" * 5_000 + ".png", b"")}).status_code == 413
 
 
+@pytest.mark.slow
 def test_unknown_endpoints_get_words_and_leave_no_traceback_and_a_killed_run_no_upload(untrained, tmp_path):
     environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(tmp_path)}
     command = [sys.executable, "app.py", "--weights", str(untrained), "--port"]

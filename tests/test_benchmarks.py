@@ -52,6 +52,7 @@ def test_every_corruption_is_measured_and_deeper_files_change_nothing(bundled, d
     assert result["16 bits"] == result["as published"]
 
 
+@pytest.mark.slow
 def test_every_kind_of_negative_is_measured(bundled, drawn):
     cells = np.stack(drawn[0]).astype(np.float32) / 255
     result = corruptions.measure_negatives(bundled, cells, each=2)
@@ -152,6 +153,7 @@ def test_multiply_adds_are_counted():
     assert speed.multiply_adds(layer, torch.rand(1, 3, 10, 10)) == 10 * 10 * 5 * 3 * 9
 
 
+@pytest.mark.slow
 def test_speed_measures_all_sides_and_sets_them_out(untrained, monkeypatch):
     for name in ("ROUNDS", "IN_A_ROW", "BULK_ROUNDS"):
         monkeypatch.setattr(speed, name, 1)

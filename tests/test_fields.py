@@ -145,6 +145,7 @@ def test_predict_specimen_takes_no_absurd_pixel_size(pixel_size):
         read(SURE["NuMem"], field("NuMem"), pixel_size=pixel_size)
 
 
+@pytest.mark.slow
 def test_predict_specimen_says_when_there_is_no_pattern(bundled):
     random = np.random.default_rng(0)
     for nothing in (skimage.data.page(), random.normal(100, 10, (480, 640))):

@@ -239,6 +239,7 @@ def test_pull_never_takes_an_older_copy_in_silence(hub, run):
     assert "the cached revision" in weights.notes[0]
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_leaves_the_older_copy_in_use_and_goes_on_the_next_time(hub, run):
     first, _ = push(run, NAME, version="1.0.0")
     assert find_weights(NAME).revision == first
@@ -390,6 +391,7 @@ def test_train_finds_out_before_training_that_it_may_not_push(hub, run, teacher_
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_train_and_push_and_load_what_was_pushed(hub, trained, teacher_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("hep2.pipeline.save_figure", lambda *_: None)
     folder = shutil.copytree(trained, tmp_path / "run")  # it trains nothing that is trained

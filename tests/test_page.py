@@ -318,6 +318,7 @@ def test_files_of_every_kind_get_a_row_counts_and_tables(visit, tmp_path):
     assert all(value.data_type != "f" for row in sheet.rows for value in row)
 
 
+@pytest.mark.slow
 def test_the_last_state_of_the_list_wins(visit):
     page = visit()
     open_tab(page, "Many cells")
@@ -340,6 +341,7 @@ def test_the_last_state_of_the_list_wins(visit):
     assert page.locator("#many-result .row").count() == 3
 
 
+@pytest.mark.slow
 def test_a_job_can_be_stopped_and_ends_with_its_page(visit, served):
     page = visit()
     open_tab(page, "Many cells")
@@ -417,6 +419,7 @@ def test_the_models_tab_begins_with_new_patients_and_draws_figures(visit):
         assert expected in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_no_width_scrolls_sideways_and_every_text_has_contrast_aa(visit, scheme, width):

@@ -80,6 +80,7 @@ def test_the_predictions_of_a_run_are_the_predictors_own(trained, cells_to_train
         assert read_json(trained / "metrics.json")["models"][name]["accuracy"] == pytest.approx(right)
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_with_the_same_weights(
     trained, teacher_file, cells_to_train_on, tmp_path, without_figures
 ):
@@ -98,6 +99,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(
     assert_same_weights(tmp_path, trained)
 
 
+@pytest.mark.slow
 def test_a_run_made_in_parts_is_one_made_in_one_go(trained, cells_to_train_on, tmp_path, without_figures):
     # A teacher that was trained elsewhere is not fetched again.
     shutil.copytree(trained / f"teacher-{TEACHER}", tmp_path / f"teacher-{TEACHER}")
@@ -133,6 +135,7 @@ def test_the_second_of_two_trainings_in_one_folder_is_told(cells_to_train_on, tm
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+@pytest.mark.slow
 def test_some_models_are_trained_and_measured_and_found_done_by_the_whole_run(
     cells_to_train_on, tmp_path, without_figures
 ):

@@ -73,6 +73,7 @@ def test_blur_of_a_pixel_is_told_and_hardly_a_published_cell_is_called_blurred(r
     assert np.mean([fine_detail(cell) < LEAST_DETAIL for cell in blurred]) > 0.97
 
 
+@pytest.mark.slow
 def test_bundled_weights_answer_test_cells_as_their_metrics_say(real_cells, bundled):
     weights = bundled.weights
     assert weights.training["dataset_fingerprint"] == real_cells.fingerprint

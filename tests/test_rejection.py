@@ -76,6 +76,7 @@ def test_bundled_weights_reject_few_synthetic_cells(bundled, pattern):
     assert sum(prediction.rejected for prediction in predictions) <= 7
 
 
+@pytest.mark.slow
 def test_bundled_weights_reject_negatives(bundled):
     cells = np.stack([synthetic_cell(p, np.random.default_rng(n)) for p in CLASS_NAMES for n in range(4)]) / 255
     random = np.random.default_rng(3)

@@ -61,6 +61,7 @@ def test_an_interruption_ends_with_the_command_that_goes_on(teacher_file, tmp_pa
     assert f"'{tmp_path / 'a folder'}'" in told
 
 
+@pytest.mark.slow
 def test_train_runs_on_two_processes(tmp_path):
     # Without a GPU, --multi_gpu means several processes on the CPU.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
