@@ -16,22 +16,23 @@ from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 
 from hep2.checkpoints import Weights
+from hep2.formats import EXPECTED
 from hep2.hub import find_weights
 from hep2.images import decode, make_cell
 from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, MODEL_TITLES, is_synthetic
 from hep2.predictor import Predictor
 from hep2.ui import api
 from hep2.ui.fragments import counts_html, examples_html, image_uri, models_html, steps_html, stretched
-from hep2.ui.page import Example, Page
+from hep2.ui.handlers import Example, Page
 
 SYNTHETIC = Path(__file__).with_name("examples")
 UI = Path(__file__).with_name("hep2") / "ui"
 TITLE = "HEp-2 cells: four models and a verdict"
 SUMMARY = "The staining pattern of a HEp-2 cell points to the antibodies in a patient's serum."
 INTRODUCTION = f"""# {TITLE}
-{SUMMARY} Click a cell, or give your own. **Not for clinical use**: on a new patient's slide the models are right less
-often than they say (see Models)."""
-UPLOAD_TEXT = "Drop, paste or choose one or many images of one cell each: PNG, JPEG, TIFF, BMP or WebP, 8 to 32 bit."
+{SUMMARY} Click a cell, or give your own. **Not for clinical use**: on a new patient's slide the models are wrong more
+often than on slides they know (see Models)."""
+UPLOAD_TEXT = f"Drop, paste or choose one or many images of one cell each: {EXPECTED}, 8 to 32 bit."
 EXAMPLES_TEXT = "**Examples**: {} Click to classify."
 SYNTHETIC_TEXT = "synthetic cells, drawn by a program."
 HELD_OUT_TEXT = "published cells that no model was trained on, with their labels."

@@ -105,7 +105,7 @@ class ViTConfig:
     patch_size: int = 6
     stem_widths: tuple[int, ...] = (24, 48)
     width: int = 128
-    depth: int = 4
+    depth: int = 4  # 6 in the recipe `default`, where a teacher's answers let a deeper one learn
     heads: int = 4
     mlp_ratio: float = 2.0
     stochastic_depth: float = 0.1

@@ -56,6 +56,11 @@ class Failure:
     file: str
     error: str
     verdict: None = None
+    probability: None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        return [self.error]
 
     def as_dict(self) -> dict:
         return {"file": self.file, "error": self.error}

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,12 +178,22 @@ class Served(NamedTuple):
     cache: Path  # where uploads and what is made for downloading lie
 
 
+# Below the ports that the system gives away, of which another process may get the same one: a hundred for each process.
+PORTS = count(21_000 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    for port in PORTS:
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)):
+                return port
+
+
 @contextmanager
 def serving_page(*arguments: str) -> Iterator[Served]:
     """Start the page as its users do, in a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "app.py", *arguments, "--host", "127.0.0.1", "--port", str(port)]
     cache = Path(tempfile.mkdtemp(prefix="hep2-page-"))
     environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(cache)}

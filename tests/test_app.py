@@ -4,7 +4,6 @@ import pickle
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ import gradio as gr
 import httpx2
 import numpy as np
 import pytest
-from conftest import ROOT, field_of, serving_page
+from conftest import ROOT, field_of, free_port, serving_page
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from huggingface_hub import SpaceCard
@@ -32,7 +31,7 @@ from hep2.images import load_cell
 from hep2.patterns import CLASS_NAMES
 from hep2.predictor import Predictor
 from hep2.synthetic import synthetic_files
-from hep2.ui import api, page
+from hep2.ui import api, handlers
 
 MODELS = ["cnn", "rescnn", "vit", "ensemble"]
 LEAKS = ("Traceback", "/tmp", "/usr", "/home", "/root", str(ROOT), "site-packages")
@@ -62,6 +61,15 @@ def test_classify_answers_what_the_predictor_says(client, untrained):
     answer = client.predict(handle_file("examples/Golgi/2.png"), api_name="/classify")
     (expected,) = hep2.load(untrained, "cpu").classify([("2.png", "examples/Golgi/2.png")])
     assert answer == expected.as_dict()
+
+
+def test_one_image_where_a_list_is_expected_is_a_list_of_one_and_a_list_for_one_is_an_error(client):
+    (answer,) = client.predict(handle_file("examples/Golgi/2.png"), api_name="/classify_batch")
+    assert answer == client.predict(handle_file("examples/Golgi/2.png"), api_name="/classify")
+    specimen = client.predict(handle_file("examples/fields/NuMem.png"), api_name="/specimen")
+    assert specimen["files"] == ["NuMem.png"]
+    with pytest.raises(AppError, match="an image is a data URI"):
+        client.predict([handle_file("examples/Golgi/2.png")], api_name="/classify")
 
 
 def test_page_api_and_command_line_agree(web, untrained, tmp_path):
@@ -222,18 +230,18 @@ def test_the_last_inputs_may_be_left_out_and_superfluous_ones_are(web):
 
 
 def test_more_than_one_request_may_hold_is_rejected_with_the_bound(monkeypatch):
-    monkeypatch.setattr(page, "MAX_IMAGES", 2)
-    page.check_count(["a.png", "b.png"])
+    monkeypatch.setattr(handlers, "MAX_IMAGES", 2)
+    handlers.check_count(["a.png", "b.png"])
     with pytest.raises(gr.Error, match="3 images came, at most 2"):
-        page.check_count(["a.png", "b.png", "c.png"])
-    monkeypatch.setattr(page, "MAX_PIXELS", 2 * 78 * 78)
-    assert len(page.fields_of([("a", GOLGI)] * 2, None, None, None)) == 2
+        handlers.check_count(["a.png", "b.png", "c.png"])
+    monkeypatch.setattr(handlers, "MAX_PIXELS", 2 * 78 * 78)
+    assert len(handlers.fields_of([("a", GOLGI)] * 2, None, None, None)) == 2
     with pytest.raises(ValueError, match="million pixels: give fewer"):
-        page.fields_of([("a", GOLGI)] * 3, None, None, None)
+        handlers.fields_of([("a", GOLGI)] * 3, None, None, None)
 
 
 def test_no_two_images_of_one_request_have_one_name():
-    names = [name for name, _ in page.named(["x/a.png", "y/a.png", "z/a (2).png", "w/a.png", "b.png"])]
+    names = [name for name, _ in handlers.named(["x/a.png", "y/a.png", "z/a (2).png", "w/a.png", "b.png"])]
     assert len(set(names)) == 5
     assert names[:2] == ["a.png", "a (2).png"]
 
@@ -242,7 +250,7 @@ def test_no_two_images_of_one_request_have_one_name():
     "given, expected", [(("", None), (None, None)), (("2", 3.0), (2, 3)), ((" red ", 0), ("red", None))]
 )
 def test_chosen_gives_channel_and_plane_as_the_decoder_takes_them(given, expected):
-    assert tuple(page.chosen(*given).values()) == expected
+    assert tuple(handlers.chosen(*given).values()) == expected
 
 
 @pytest.mark.parametrize(
@@ -296,9 +304,7 @@ def test_unknown_endpoints_get_words_and_leave_no_traceback_and_a_killed_run_no_
         raise AssertionError("the page did not start")
 
     log = tmp_path / "log"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = start(port, log)
     with httpx2.Client(base_url=f"http://127.0.0.1:{port}/") as web:
         for route in ("call", "run", "api"):
@@ -355,8 +361,8 @@ def test_the_page_lends_a_gpu_only_what_can_travel(untrained, monkeypatch, tmp_p
 
         return wrap
 
-    monkeypatch.setattr(page.spaces, "GPU", lend)
-    shown = page.Page(Predictor(hep2.load(untrained, "cpu").weights, "cpu"))
+    monkeypatch.setattr(handlers.spaces, "GPU", lend)
+    shown = handlers.Page(Predictor(hep2.load(untrained, "cpu").weights, "cpu"))
     image, _ = field_of("NuMem")
     Image.fromarray(image.astype(np.uint8)).save(tmp_path / "field.png")
     *_, (html, files) = shown.show_specimen([str(tmp_path / "field.png")] * 2, 0, "", None, shown.begin(None)[0])
@@ -365,12 +371,12 @@ def test_the_page_lends_a_gpu_only_what_can_travel(untrained, monkeypatch, tmp_p
     *_, (html, counts, files) = shown.classify_many([str(GOLGI)] * 3, "", None, shown.begin(None)[0])
     assert "3 cells" in counts
     assert "1 (3).png" in html
-    assert "Saliency" in shown.show(page.Example("", GOLGI, "1.png"))
+    assert "Saliency" in shown.show(handlers.Example("", GOLGI, "1.png"))
     assert travelled == ["classify_cells", "classify_cells", "explain"]
 
 
 def test_a_job_ends_when_the_next_of_its_tab_begins_or_it_is_stopped(untrained):
-    shown = page.Page(hep2.load(untrained, "cpu"))
+    shown = handlers.Page(hep2.load(untrained, "cpu"))
     first, _ = shown.begin(None)
     job = shown.classify_many([str(GOLGI)] * 200, "", None, first)
     assert "64 of 200 cells" in next(job)[0]
@@ -391,7 +397,7 @@ def test_a_closed_job_ends():
             seen.append(item)
             time.sleep(0.01)
 
-    steps = page.in_steps(work)
+    steps = handlers.in_steps(work)
     assert "Working" in [next(steps), next(steps)][1]
     steps.close()
     time.sleep(0.1)

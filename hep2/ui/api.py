@@ -14,8 +14,10 @@ from fastapi import HTTPException, Request
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hep2.formats import EXPECTED
+
 ENDPOINTS = {"classify": 3, "classify_batch": 3, "explain": 3, "specimen": 4, "models": 0}  # and how many inputs
-NO_IMAGE = "no image came; give one: PNG, JPEG, TIFF, BMP or WebP"
+NO_IMAGE = f"no image came; give one: {EXPECTED}"
 FITTING = (
     "an image is a data URI or base64 text, or a file that was uploaded to /gradio_api/upload before, as handle_file "
     "of gradio_client does; no other paths, and no addresses; uploads are deleted within the hour: give it again then"
@@ -77,9 +79,10 @@ class ImageParameter(Parameter):
     """One image or many, to (name, path or bytes) of each."""
 
     def preprocess(self, payload: Any) -> Any:
-        if isinstance(payload, list):
-            return [_image(one, f"image {number}") for number, one in enumerate(payload, start=1)]
-        return payload and _image(payload, "image")
+        if not payload or self.schema["type"] != "array":
+            return payload and _image(payload, "image")
+        payload = payload if isinstance(payload, list) else [payload]
+        return [_image(one, f"image {number}") for number, one in enumerate(payload, start=1)]
 
 
 def _image(payload: Any, name: str) -> tuple[str, Path | bytes]:
