@@ -45,7 +45,7 @@ ENOUGH_PIXELS = 100_000  # to tell which channel holds the stain: of a larger im
 # Travels with the weights: weights made under other settings refuse to load.
 PREPROCESSING = {
     "image_size": IMAGE_SIZE,
-    "channel": "the stain's: by name, else green, red, blue, else the second",
+    "channel": "the one with the largest spread",
     "resize": "bicubic with antialiasing, aspect kept, black margins",
     "quantiles": [0.01, 0.99],
 }

@@ -219,9 +219,6 @@ def _light(intensity: np.ndarray, size: float, working: float) -> _Light:
 
 
 def scaled(intensity: np.ndarray, scale: float) -> np.ndarray:
-    if (block := int(0.5 / scale)) > 1:  # the mean of blocks takes far less time than a wide filter
-        rows, columns = (side - side % block for side in intensity.shape)
-        intensity, scale = transform.downscale_local_mean(intensity[:rows, :columns], (block, block)), scale * block
     if not 0.99 < scale < 1.01:
         options = {"order": 1, "anti_aliasing": scale < 1, "preserve_range": True}
         intensity = transform.rescale(intensity, scale, **options)
