@@ -32,7 +32,7 @@ from hep2.patterns import IMAGE_SIZE
 
 __all__ = ["SUFFIXES", "Cell", "Decoded", "ImageError", "ImageSource", "decode", "load_cell", "make_cell", "prepare"]
 
-LARGEST_CELL = 600  # pixels: an image that is larger on both sides may be a field of many cells
+LARGEST_CELL = 600  # pixels: an image of so many on both sides may be a field of many cells
 MOST_CLIPPED = 0.05  # share of the pixels at the brightest value; published cells have up to 0.04
 # Decimal logarithm of how much of an image is fine detail. Less than one in two hundred published cells has less than
 # this; blurred by a pixel, 98 of 100 have. tests/test_real_cells.py holds both.
@@ -66,6 +66,7 @@ class Cell:
 
     pixels: np.ndarray  # (1, 78, 78), float32 in [0, 1]
     warnings: tuple[str, ...]
+    too_large: bool = False  # for one cell: it may be a whole field, and gets no verdict
 
 
 def load_cell(source: ImageSource, *, channel: str | int | None = None, plane: int | None = None) -> Cell:
@@ -258,7 +259,8 @@ def make_cell(decoded: Decoded) -> Cell:
         if not decoded.warnings:
             raise
         raise ImageError(f"{error} ({'; '.join(decoded.warnings)})") from error
-    return Cell(pixels, decoded.warnings + tuple(_doubts(decoded.intensity, pixels)))
+    too_large = min(decoded.intensity.shape) >= LARGEST_CELL
+    return Cell(pixels, decoded.warnings + tuple(_doubts(decoded.intensity, pixels)), too_large)
 
 
 def prepare(intensity: np.ndarray) -> np.ndarray:
@@ -319,8 +321,8 @@ def _doubts(intensity: np.ndarray, pixels: np.ndarray) -> list[str]:
         doubts.append("the image is out of focus or enlarged: fine texture is missing, and the verdict may be wrong")
     if max(rows, columns) > 2 * min(rows, columns):
         doubts.append(f"the image is far from square {size}: is it one cell?")
-    if min(rows, columns) > LARGEST_CELL:
-        doubts.append(f"the image is large for one cell {size}: if it is a whole field, give it as a field")
+    if min(rows, columns) >= LARGEST_CELL:
+        doubts.append(f"the image is too large for one cell {size}: cut one out, or give it as a field")
     brightest = float((intensity == intensity.max()).mean())
     if brightest > MOST_CLIPPED:
         doubts.append(

@@ -72,7 +72,7 @@ class Prediction:
 
     `probabilities` maps each model to an array of shape (6,), calibrated, in the order of `CLASS_NAMES`. The verdict is
     the ensemble's; `agreement` counts the models, the ensemble among them, that say the same. An image that is
-    `rejected`, since its `rejection` score is below the threshold, has no verdict.
+    `rejected`, since its `rejection` score is below the threshold or it is too large for one cell, has no verdict.
     """
 
     file: str
@@ -214,7 +214,7 @@ class Predictor:
                 cell,
                 {model: values[number] for model, values in output.probabilities.items()},
                 float(output.rejection[number]),
-                bool(output.rejected[number]),
+                bool(output.rejected[number]) or cell.too_large,
                 self.origin,
             )
             for number, (name, cell) in enumerate(cells)

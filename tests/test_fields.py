@@ -180,7 +180,7 @@ def test_a_verdict_says_what_speaks_against_it(image: Callable, predictor, verdi
 
 
 def test_a_second_pattern_is_named_where_it_is_really_there():
-    fields = [field("NuMem", seed) for seed in range(4)]
+    fields = [field("NuMem", seed) for seed in range(6)]
     three_of_five = [{"NuMem": 0.9}, {"Speckled": 0.9}, {"NuMem": 0.9}, {"Speckled": 0.9}, {"NuMem": 0.9}]
     mixed = read(Saying(*three_of_five), *fields)
     assert (mixed.verdict, mixed.second) == ("NuMem", "Speckled")

@@ -661,9 +661,11 @@ def test_a_blurred_cell_is_called_out_of_focus_and_a_sharp_one_is_not(name):
 
 
 def test_an_image_large_enough_for_a_field_is_pointed_to_where_fields_are_read():
-    field = np.kron(CELL, np.ones((10, 10), np.uint8))
-    assert any("give it as a field" in warning for warning in load_cell(field).warnings)
-    assert not any("give it as a field" in warning for warning in load_cell(CELL).warnings)
+    cell, field = (load_cell(np.kron(CELL, np.ones((side, side), np.uint8))) for side in (7, 8))
+    assert field.too_large
+    assert any("give it as a field" in warning for warning in field.warnings)
+    assert not cell.too_large
+    assert not any("give it as a field" in warning for warning in cell.warnings)
 
 
 @pytest.mark.parametrize("folder", ["HEP2_FIELDS", "HEP2_REFERENCE_PICTURES"])

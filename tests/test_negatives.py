@@ -40,4 +40,4 @@ def test_degrade_keeps_to_its_least_factor(cells):
     whole = degrade(cells[0], random, least=1)
     assert whole.shape == (78, 78)
     assert whole.dtype == np.float32
-    assert degrade(np.zeros((20, 30)), random).max() < 5  # a constant image stays one, but for JPEG
+    assert degrade(np.zeros((20, 30)), random).max() < 15  # a constant image stays one, but for JPEG and noise

@@ -16,7 +16,7 @@ from hep2.synthetic import synthetic_cell
 
 REJECTED_VALIDATION = 0.02  # share of the validation cells, shifted as a stranger's, that the threshold rejects
 MOST = 2000  # examples of each kind to learn from: more cost time and change little
-SYNTHETIC = 1 / 20  # of the cells, drawn of each pattern, lest what is drawn be rejected for being drawn
+SYNTHETIC = 3 / 20  # of the cells, drawn of each pattern, lest what is drawn be rejected for being drawn
 STRENGTH = 0.003  # of the layer: a stronger one tells our drawings better, and turns away other laboratories' cells
 
 

@@ -7,14 +7,15 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import gaussian_filter
 
 from hep2.images import ImageError, prepare
-from hep2.patterns import IMAGE_SIZE
-from hep2.synthetic import OTHER_PATTERNS, reduce_field, synthetic_cell
+from hep2.patterns import CLASS_NAMES, IMAGE_SIZE
+from hep2.synthetic import OTHER_PATTERNS, expose, reduce_field, synthetic_cell, synthetic_field
 
 Random = np.random.Generator
 
 SHAPE = (IMAGE_SIZE, IMAGE_SIZE)
-# Other patterns whose single cells look like Speckled or Homogeneous: only a field tells them.
-FIELD_ONLY = ("AC-2 ", "AC-13 ", "AC-14 ", "AC-26 ")
+# Other patterns whose single cells look like ours: few nuclear dots (AC-7) like nucleoli, the others like Speckled or
+# Homogeneous. Only a field tells them.
+FIELD_ONLY = ("AC-2 ", "AC-7 ", "AC-13 ", "AC-14 ", "AC-26 ")
 
 
 def draw_negatives(count: int, cells: np.ndarray, random: Random) -> tuple[np.ndarray, list[str]]:
@@ -49,12 +50,16 @@ def draw_negatives(count: int, cells: np.ndarray, random: Random) -> tuple[np.nd
 def degrade(image: np.ndarray, random: Random, least: float = 0.25) -> np.ndarray:
     """Show an image (rows, columns) as a stranger's picture would: blurred, with fewer pixels, every second as JPEG.
 
-    Rows and columns are reduced by a factor between `least` and 1. Returns float32, 0 to 255.
+    Rows and columns are reduced by a factor between `least` and 1. Every second picture is in weak light: down to a
+    twentieth, of few photons and fewer grey values. Returns float32, 0 to 255.
     """
     image = gaussian_filter(image, random.uniform(0, 2 * (1 - least)))
     grey = (255 * (image - image.min()) / max(np.ptp(image), 1e-9)).astype(np.uint8)
     quality = int(random.integers(40, 96)) if random.random() < 0.5 else None
-    return reduce_field(grey, [], least ** random.random(), quality)[0].astype(np.float32)
+    picture, _ = reduce_field(grey, [], least ** random.random(), quality)
+    if random.random() < 0.5:
+        picture = expose(picture, random, light=20 ** -random.random(), photons=200 * 20 ** random.random())
+    return picture.astype(np.float32)
 
 
 def noise(random: Random, cells: np.ndarray) -> np.ndarray:
@@ -149,9 +154,22 @@ def too_near(random: Random, cells: np.ndarray) -> np.ndarray:
 
 
 def too_far(random: Random, cells: np.ndarray) -> np.ndarray:
-    """Many cells in one image, each far too small once it is prepared."""
-    side = int(random.integers(3, 7))
-    return np.block([[random.uniform(0.4, 1) * random.choice(cells) for _ in range(side)] for _ in range(side)])
+    """Many cells in one image, each far too small once it is prepared: 3 to 17 a row, with gaps, the rows shifted."""
+    count, crowded = int(3 * 6 ** random.random()), random.uniform(0.4, 1)
+    kinds = random.choice(cells, random.integers(2, 30))
+    rows = []
+    for _ in range(count):
+        row = random.uniform(0.4, 1, (count, 1, 1)) * random.choice(kinds, count)
+        row[random.random(count) > crowded] = 0
+        rows.append(np.roll(np.hstack(row), random.integers(IMAGE_SIZE), axis=1))
+    return np.vstack(rows)
+
+
+def slide_field(random: Random, cells: np.ndarray) -> np.ndarray:
+    """A drawn slide field of one of the six patterns."""
+    pattern, shape = random.choice(CLASS_NAMES), (300, int(random.choice([300, 400])))
+    density = random.uniform(0.15, 0.9)
+    return synthetic_field(pattern, random, shape=shape, nucleus=random.uniform(18, 45), density=density)[0]
 
 
 # Draw functions take a generator and cells (cells, 78, 78) float32 in [0, 1], and return one image.
@@ -168,6 +186,7 @@ NEGATIVES: dict[str, Callable[[Random, np.ndarray], np.ndarray]] = {
     "shuffled cells": shuffled,
     "pieces of a nucleus": too_near,
     "many small cells": too_far,
+    "slide fields": slide_field,
 } | {
     name: lambda random, cells, pattern=name: synthetic_cell(pattern, random)
     for name in OTHER_PATTERNS

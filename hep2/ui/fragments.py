@@ -19,11 +19,12 @@ from hep2.evaluation import draw_confusion, draw_curves, draw_reliability
 from hep2.fields import CellPrediction, SpecimenPrediction, colour_of
 from hep2.images import Cell, Decoded
 from hep2.models import BASE_MODELS, MODELS
-from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, ICAP_URL, MODEL_TITLES, PATTERNS, REFERENCE_RESULTS
+from hep2.patterns import CLASS_NAMES, DEFAULT_DATASET, ICAP_URL, IMAGE_SIZE, MODEL_TITLES, PATTERNS, REFERENCE_RESULTS
 from hep2.predictor import Explanation, Failure, Prediction
 
 COLOURS = {pattern.name: pattern.colour for pattern in PATTERNS} | {"rejected": "#8B93A1", "mitotic": "#FF0000"}
 NO_VERDICT = "No verdict"
+AS_FIELD = '<p><button type="button" class="copy" data-click="field">Read as a field</button></p>'
 PREVIEW, FIELD_PREVIEW = 320, 1200  # largest side of a picture, in pixels
 STAMPS = count()
 MAX_ROWS = 300  # predictions, or cells of a specimen, that are shown one by one
@@ -119,6 +120,7 @@ def verdict_html(explanation: Explanation, decoded: Decoded, truth: str = "") ->
     rows, columns = decoded.intensity.shape
     if prediction.rejected:
         head = _name(NO_VERDICT) + "<p>The bars are what the models would say of a cell: they mean nothing here.</p>"
+        head += AS_FIELD if min(rows, columns) > 2 * IMAGE_SIZE else ""
     else:
         agree = "" if prediction.agreement == len(MODELS) else " doubt"
         head = (
@@ -160,11 +162,10 @@ def meaning_html(verdict: str) -> str:
 mapping from class to family is ours. A pattern is not a diagnosis.</dd></dl>"""
 
 
-def message_html(title: str, text: str, file: str = "", kind: str = "failed", button: str = "") -> str:
-    """Show a failure, or what to do in place of a prediction."""
-    action = f'<p><button type="button" class="copy" data-click="field">{button}</button></p>' if button else ""
+def message_html(title: str, text: str, file: str = "", kind: str = "failed") -> str:
+    """Show a failure, or what became of a job."""
     body = f"""<div class="card"><div><p class="file">{escape(file)}</p><h2 class="name">{escape(title)}</h2>
-<p>{escape(text)}</p>{action}</div></div>"""
+<p>{escape(text)}</p></div></div>"""
     return _section(body, title, kind)
 
 

@@ -18,9 +18,8 @@ import xlsxwriter
 from PIL import Image
 
 from hep2.fields import check_pixel_size, draw_overlay, specimen_rows
-from hep2.fields.segmentation import find_cells
-from hep2.images import LARGEST_CELL, Decoded, decode, load_cell, make_cell
-from hep2.patterns import IMAGE_SIZE, MODEL_TITLES
+from hep2.images import Decoded, decode, load_cell, make_cell
+from hep2.patterns import MODEL_TITLES
 from hep2.predictor import Failure, Predictor
 from hep2.tables import COLUMNS, harmless, table_row
 from hep2.ui.api import NO_IMAGE
@@ -37,7 +36,6 @@ from hep2.ui.fragments import (
 )
 
 CSS = Path(__file__).with_name("page.css")
-NOT_A_CELL = "It is much larger than a cell, or shows several. Cut out one cell, or let all of them be found."
 STOPPED = "Nothing more is computed. Change the list, or read it again."
 MAX_IMAGES = 10_000  # in one request: some minutes of two cores
 MAX_PIXELS = 200_000_000  # of all fields of one specimen together, which are held at once
@@ -67,8 +65,6 @@ class Page:
         """Classify one image, and return what the page shows of it."""
         try:
             decoded = decode(example.path, **chosen(channel, plane))
-            if is_field(decoded):
-                return message_html("A whole field?", NOT_A_CELL, example.name, "doubt", "Read as a field")
             cell = make_cell(decoded)
         except (ValueError, OSError) as error:
             return message_html("This image could not be read", str(error), example.name)
@@ -247,14 +243,6 @@ def chosen(channel: str | None, plane: float | None) -> dict:
     """Give channel and plane, as a visitor chose them, the way `hep2.images.decode` takes them."""
     channel = (channel or "").strip()
     return {"channel": int(channel) if channel.isdecimal() else channel or None, "plane": int(plane) if plane else None}
-
-
-def is_field(decoded: Decoded) -> bool:
-    """Tell whether an image that was given as a cell is a whole field: far too large, or with several cells."""
-    shape = decoded.intensity.shape
-    if max(shape) < 2 * IMAGE_SIZE:
-        return False
-    return min(shape) > LARGEST_CELL or len(find_cells(decoded.intensity).cells) > 1
 
 
 def require(given: Any) -> Any:

@@ -75,8 +75,14 @@
   });
   addEventListener("popstate", follow);
 
-  // Gradio draws a tab when it is opened first.
+  // Gradio draws a tab when it is opened first, and an upload box anew when it is filled.
   new MutationObserver(() => {
+    // Its name is what is written on it; filled, it is a button within a button that does nothing.
+    for (const one of document.querySelectorAll(".upload-container[aria-label]:has(.wrap)")) one.removeAttribute("aria-label");
+    for (const one of document.querySelectorAll("button:not([role]):has(.upload-container)")) {
+      one.setAttribute("role", "group");
+      one.tabIndex = -1;
+    }
     for (const section of document.querySelectorAll("[id$=-result] > * .reading, [id$=-result] > .reading")) {
       const box = section.closest("[id$=-result]");
       if (box.shown === section.dataset.stamp) continue;
