@@ -116,12 +116,15 @@ def find_cells(intensity: np.ndarray, pixel_size: float | None = None) -> FoundF
         rings = _best_rings(intensity, pixel_size)
     if rings is not None and rings.middle < DARK and rings.contrast > LEAST_CONTRAST:
         nucleus, fit, scale = float(rings.nucleus), 0.0, rings.scale
-        labels = _ring_labels(_rings(intensity, nucleus))
+        rings = _rings(intensity, nucleus)  # of the whole field
+        labels = _ring_labels(rings)
         # A cell in mitosis has no ring: it is round and stained all over.
         pieces = _pieces(_light(intensity, nucleus, WORKING), LEVELS, dark=False)
         round_ones = np.isin(pieces.labels, np.flatnonzero(pieces.ratings > CLEAR_ROUND) + 1) * pieces.labels
         round_ones = transform.resize(round_ones, labels.shape, order=0, preserve_range=True).astype(labels.dtype)
-        labels = np.where(round_ones > 0, round_ones + labels.max(), labels)
+        # Where it was taken for a ring none the less, the ring goes.
+        doubled = np.flatnonzero(round_ones[tuple(rings.places.T)]) + 1
+        labels = np.where(round_ones > 0, round_ones + labels.max(), np.where(np.isin(labels, doubled), 0, labels))
         notes.append("the stain lies outside the nuclei: whole cells are outlined")
     else:
         rings = None
