@@ -75,7 +75,7 @@ def test_predict_specimen_names_the_pattern(bundled, pattern):
 @pytest.mark.parametrize("light", [1, 1 / 2, 1 / 4, 1 / 8])
 @pytest.mark.parametrize("bits", [8, 16, 32])
 def test_predict_specimen_does_not_depend_on_the_exposure(light, bits):
-    image = field("Nucleolar").astype(np.uint8)
+    image = field("Nucleolar", shape=(240, 320), nucleus=32.0).astype(np.uint8)
     again = read(SURE["Nucleolar"], expose(image, light=light, bits=bits, offset=0.02 if bits > 8 else 0.0))
     assert again.verdict == "Nucleolar"
     assert len(again.cells) == pytest.approx(len(read(SURE["Nucleolar"], image).cells), abs=1)
@@ -180,7 +180,7 @@ def test_a_verdict_says_what_speaks_against_it(image: Callable, predictor, verdi
 
 
 def test_a_second_pattern_is_named_where_it_is_really_there():
-    fields = [field("NuMem", seed) for seed in range(6)]
+    fields = [field("NuMem", seed, shape=(360, 480), nucleus=45.0) for seed in range(5)]
     three_of_five = [{"NuMem": 0.9}, {"Speckled": 0.9}, {"NuMem": 0.9}, {"Speckled": 0.9}, {"NuMem": 0.9}]
     mixed = read(Saying(*three_of_five), *fields)
     assert (mixed.verdict, mixed.second) == ("NuMem", "Speckled")
