@@ -253,14 +253,14 @@ def test_a_pasted_image_is_classified_and_a_file_that_is_no_image_gets_words(vis
     assert "PNG, JPEG, TIFF" in text
 
 
-@pytest.mark.parametrize("factor", [1, 0.5])  # too large for a cell, and rejected for its looks
-def test_a_field_given_as_a_cell_gets_no_verdict_but_the_way_to_one(visit, factor):
+@pytest.mark.parametrize(("name", "factor"), [("NuMem", 1), ("Nucleolar", 0.5)])  # too large for a cell, and rejected
+def test_a_field_given_as_a_cell_gets_no_verdict_but_the_way_to_one(visit, name, factor):
     page = visit()
-    field, _ = reduce_field(np.asarray(Image.open(FIELD)), [], factor)
+    field, _ = reduce_field(np.asarray(Image.open(ROOT / f"examples/fields/{name}.png")), [], factor)
     give(page, ("field.png", encoded(field, "PNG")))
     playwright.expect(page.locator("#one-result .name")).to_have_text("No verdict")
     page.get_by_role("button", name="Read as a field").click()
-    playwright.expect(page.locator("#field-result .name")).to_have_text("NuMem", timeout=30_000)
+    playwright.expect(page.locator("#field-result .name")).to_have_text(name, timeout=30_000)
 
 
 def test_an_enlarged_cell_gets_a_verdict(visit):

@@ -80,8 +80,8 @@ def test_bundled_weights_give_fields_no_verdict_as_cells(bundled):
     fields = [field for seed in range(1, 5) for _, field in synthetic_fields(seed)]
     assert all(prediction.verdict is None for prediction in bundled.classify(fields[:6]))  # they are too large
     reduced = [reduce_field(field, [], 0.5)[0] for field in fields]
-    # Measured: 20 of 24.
-    assert sum(prediction.rejected for prediction in bundled.classify(reduced)) >= 18
+    # Measured: 22 of 24.
+    assert sum(prediction.rejected for prediction in bundled.classify(reduced)) >= 20
 
 
 @pytest.mark.slow
