@@ -180,7 +180,7 @@ def build(page: Page, examples_text: str, first: str) -> gr.Blocks:
                 with gr.Column(scale=8, min_width=320):
                     stop_field = gr.Button("Stop", elem_id="stop-field")
                     field_result = gr.HTML(NO_FIELD, elem_id="field-result")
-                    field_files = gr.File(label="Downloads", interactive=False, height=190, elem_id="field-files")
+                    field_files = gr.File(label="Downloads", interactive=False, height=240, elem_id="field-files")
             with gr.Tab("Models", id="models", elem_id="tab-models") as models_tab:
                 gr.HTML(models_html(page.weights))
                 details = gr.HTML()

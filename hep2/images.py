@@ -66,7 +66,7 @@ class Cell:
 
     pixels: np.ndarray  # (1, 78, 78), float32 in [0, 1]
     warnings: tuple[str, ...]
-    too_large: bool = False  # for one cell: it may be a whole field, and gets no verdict
+    is_field: bool = False  # too large for one cell, or with several: it gets no verdict
 
 
 def load_cell(source: ImageSource, *, channel: str | int | None = None, plane: int | None = None) -> Cell:
@@ -173,10 +173,10 @@ def _asked(channel: str | int, names: tuple[str, ...], count: int) -> int:
         ]
         if matching:
             return matching[0]
-    there = f" ({', '.join(filter(None, names))})" if any(names) else " without names"
-    raise ImageError(
-        f"there is no channel {channel!r}: the image has {count}{there}; give one of its names or 1 to {count}"
-    )
+    there = f"{count} without names; give"
+    if any(names):
+        there = f"{count} ({', '.join(filter(None, names))}); give one of its names or"
+    raise ImageError(f"there is no channel {channel!r}: the image has {there} 1 to {count}")
 
 
 def _stain(light: np.ndarray, opacity: np.ndarray | None, layers: Layers, warnings: list[str]) -> int:
@@ -259,8 +259,8 @@ def make_cell(decoded: Decoded) -> Cell:
         if not decoded.warnings:
             raise
         raise ImageError(f"{error} ({'; '.join(decoded.warnings)})") from error
-    too_large = min(decoded.intensity.shape) >= LARGEST_CELL
-    return Cell(pixels, decoded.warnings + tuple(_doubts(decoded.intensity, pixels)), too_large)
+    is_field = min(decoded.intensity.shape) >= LARGEST_CELL
+    return Cell(pixels, decoded.warnings + tuple(_doubts(decoded.intensity, pixels)), is_field)
 
 
 def prepare(intensity: np.ndarray) -> np.ndarray:

@@ -72,7 +72,7 @@ class Prediction:
 
     `probabilities` maps each model to an array of shape (6,), calibrated, in the order of `CLASS_NAMES`. The verdict is
     the ensemble's; `agreement` counts the models, the ensemble among them, that say the same. An image that is
-    `rejected`, since its `rejection` score is below the threshold or it is too large for one cell, has no verdict.
+    `rejected`, since its `rejection` score is below the threshold or it is a whole field, has no verdict.
     """
 
     file: str
@@ -191,7 +191,7 @@ class Predictor:
         classify_cells
             Takes the place of the method of that name, for models that run elsewhere than images are decoded.
         """
-        if isinstance(sources, (str, bytes, np.ndarray)):
+        if isinstance(sources, (str, Path, bytes, np.ndarray)):
             raise ValueError("classify takes several images: of one, give [image]")
         classify_cells = classify_cells or self.classify_cells
         sources = (_named(source, number) for number, source in enumerate(sources, start=1))
@@ -214,7 +214,7 @@ class Predictor:
                 cell,
                 {model: values[number] for model, values in output.probabilities.items()},
                 float(output.rejection[number]),
-                bool(output.rejected[number]) or cell.too_large,
+                bool(output.rejected[number]) or cell.is_field,
                 self.origin,
             )
             for number, (name, cell) in enumerate(cells)

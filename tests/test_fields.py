@@ -139,6 +139,15 @@ def test_the_pixel_size_of_a_file_is_used_and_can_be_overridden():
         assert specimen.verdict == "NuMem"
 
 
+def test_predict_specimen_names_the_field_that_cannot_be_read():
+    with pytest.raises(FileNotFoundError, match=r"^nowhere\.png: there is no such file"):
+        predict_specimen(SURE["NuMem"], ["nowhere.png"])
+    with pytest.raises(ValueError, match=r"^b: .*not an image"):
+        predict_specimen(SURE["NuMem"], [("a", field("NuMem")), ("b", b"nothing of the kind")])
+    with pytest.raises(ValueError, match=r"of one field, give \[field\]"):
+        predict_specimen(SURE["NuMem"], "field.png")
+
+
 @pytest.mark.parametrize("pixel_size", [0.0, float("inf"), float("nan"), 100.0])
 def test_predict_specimen_takes_no_absurd_pixel_size(pixel_size):
     with pytest.raises(ValueError, match="give micrometres"):

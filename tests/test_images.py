@@ -662,9 +662,9 @@ def test_a_blurred_cell_is_called_out_of_focus_and_a_sharp_one_is_not(name):
 
 def test_an_image_large_enough_for_a_field_is_pointed_to_where_fields_are_read():
     cell, field = (load_cell(np.kron(CELL, np.ones((side, side), np.uint8))) for side in (7, 8))
-    assert field.too_large
+    assert field.is_field
     assert any("give it as a field" in warning for warning in field.warnings)
-    assert not cell.too_large
+    assert not cell.is_field
     assert not any("give it as a field" in warning for warning in cell.warnings)
 
 

@@ -253,7 +253,8 @@ def test_a_pasted_image_is_classified_and_a_file_that_is_no_image_gets_words(vis
     assert "PNG, JPEG, TIFF" in text
 
 
-@pytest.mark.parametrize(("name", "factor"), [("NuMem", 1), ("Nucleolar", 0.5)])  # too large for a cell, and rejected
+# Too large for a cell, rejected, and with several nuclei: each alone is enough.
+@pytest.mark.parametrize(("name", "factor"), [("NuMem", 1), ("Nucleolar", 0.5), ("NuMem", 0.5)])
 def test_a_field_given_as_a_cell_gets_no_verdict_but_the_way_to_one(visit, name, factor):
     page = visit()
     field, _ = reduce_field(np.asarray(Image.open(ROOT / f"examples/fields/{name}.png")), [], factor)
@@ -261,6 +262,7 @@ def test_a_field_given_as_a_cell_gets_no_verdict_but_the_way_to_one(visit, name,
     playwright.expect(page.locator("#one-result .name")).to_have_text("No verdict")
     page.get_by_role("button", name="Read as a field").click()
     playwright.expect(page.locator("#field-result .name")).to_have_text(name, timeout=30_000)
+    playwright.expect(page).to_have_url(re.compile(r"\?tab=field$"))
 
 
 def test_an_enlarged_cell_gets_a_verdict(visit):

@@ -68,7 +68,7 @@ def decide(cells: list["CellPrediction"], fields: list[tuple[FoundField, Stain]]
         faint = f"a typical cell's light is {signal:.0f} times the background's noise: expose longer, or it is negative"
         return {"verdict": NEGATIVE, "warnings": [faint, *([f"rejected: {objection}"] if objection else [])]}
     if objection:
-        return {"verdict": verdict, "warnings": [f"rejected: {objection}"]}
+        return {"verdict": verdict, "warnings": [f"{'unclear' if verdict == UNCLEAR else 'rejected'}: {objection}"]}
     if signal < WEAK:
         remarks.append(f"weak signal: a typical cell's light is only {signal:.0f} times the background's noise")
     if mean[first] < LOW_CONFIDENCE:

@@ -139,6 +139,8 @@ def predict_specimen(
     FileNotFoundError
         If a path names no file.
     """
+    if isinstance(sources, (str, Path, bytes, np.ndarray)):
+        raise ValueError("specimen takes the fields of one specimen: of one field, give [field]")
     check_pixel_size(pixel_size)
     fields = [_decoded(source, number, channel, plane) for number, source in enumerate(sources)]
     names = [name for name, _ in fields]
@@ -182,7 +184,10 @@ def _decoded(source: Field, number: int, channel: str | int | None, plane: int |
     name, image = source if isinstance(source, tuple) else (None, source)
     if name is None:
         name = str(image) if isinstance(image, (str, Path)) else f"field {number + 1}"
-    return name, image if isinstance(image, Decoded) else decode(image, channel=channel, plane=plane)
+    try:
+        return name, image if isinstance(image, Decoded) else decode(image, channel=channel, plane=plane)
+    except (ImageError, FileNotFoundError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _pixel_size(decoded: Decoded, given: float | None) -> float | None:

@@ -213,7 +213,7 @@ def _doubtful(one: Prediction | Failure) -> bool:
 def _row(one: Prediction | Failure) -> str:
     kind = "doubtful" if _doubtful(one) else ""
     if isinstance(one, Failure):
-        parts = f"<i></i><b>{escape(one.file)}</b><span>Not read</span>{escape(one.error)}"
+        parts = f"<i></i><b>{escape(one.file)}</b><span>Not read</span><span>{escape(one.error)}</span>"
         return f'<p class="row failed {kind}">{parts}</p>'
     source = image_uri(one.cell.pixels[0], "WEBP", quality=50)
     said = f"{percent(one.probability)}, {_agreement(one)}" if one.verdict else ""

@@ -18,9 +18,10 @@ import xlsxwriter
 from PIL import Image
 
 from hep2.fields import check_pixel_size, draw_overlay, specimen_rows
-from hep2.images import Decoded, decode, load_cell, make_cell
-from hep2.patterns import MODEL_TITLES
-from hep2.predictor import Failure, Predictor
+from hep2.fields.segmentation import CLEAR_FIT, find_cells
+from hep2.images import Cell, Decoded, decode, make_cell
+from hep2.patterns import IMAGE_SIZE, MODEL_TITLES
+from hep2.predictor import Predictor
 from hep2.tables import COLUMNS, harmless, table_row
 from hep2.ui.api import NO_IMAGE
 from hep2.ui.fragments import (
@@ -40,6 +41,7 @@ STOPPED = "Nothing more is computed. Change the list, or read it again."
 MAX_IMAGES = 10_000  # in one request: some minutes of two cores
 MAX_PIXELS = 200_000_000  # of all fields of one specimen together, which are held at once
 STEP = 64  # cells between two signs of progress
+SEVERAL = 4  # round nuclei of one size, from which an image is a field
 
 
 class Example(NamedTuple):
@@ -65,7 +67,7 @@ class Page:
         """Classify one image, and return what the page shows of it."""
         try:
             decoded = decode(example.path, **chosen(channel, plane))
-            cell = make_cell(decoded)
+            cell = cell_of(decoded)
         except (ValueError, OSError) as error:
             return message_html("This image could not be read", str(error), example.name)
         return verdict_html(self.explain_cell((example.name, cell)), decoded, example.truth)
@@ -163,10 +165,13 @@ class Page:
             channel: which channel to read: a name that the file gives, red, green, blue, or a number from 1
             plane: which plane of a stack to read, from 1
         """
-        (answer,) = self._classify([require(image)], channel, plane)
-        if isinstance(answer, Failure):
-            raise gr.Error(answer.error, print_exception=False)
-        return answer.as_dict()
+        name, source = require(image)
+        try:
+            cell = cell_of(decode(source, **chosen(channel, plane)))
+        except (ValueError, OSError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        (prediction,) = self.classify_cells([(name, cell)])
+        return prediction.as_dict()
 
     def classify_batch(self, images: list, channel: str | None = None, plane: int | None = None) -> list[dict]:
         """Classify many images of one HEp-2 cell each: a list of what classify answers, in the order of the images.
@@ -195,7 +200,7 @@ class Page:
         """
         name, source = require(image)
         try:
-            explanation = self.explain_cell((name, load_cell(source, **chosen(channel, plane))))
+            explanation = self.explain_cell((name, cell_of(decode(source, **chosen(channel, plane)))))
         except (ValueError, OSError) as error:
             raise gr.Error(str(error), print_exception=False) from error
         with TemporaryDirectory() as folder:
@@ -243,6 +248,18 @@ def chosen(channel: str | None, plane: float | None) -> dict:
     """Give channel and plane, as a visitor chose them, the way `hep2.images.decode` takes them."""
     channel = (channel or "").strip()
     return {"channel": int(channel) if channel.isdecimal() else channel or None, "plane": int(plane) if plane else None}
+
+
+def cell_of(decoded: Decoded) -> Cell:
+    """Prepare an image as a cell, but for one that shows several: a field without a verdict. That takes a second."""
+    cell = make_cell(decoded)
+    if cell.is_field or min(decoded.intensity.shape) <= 2 * IMAGE_SIZE:
+        return cell
+    found = find_cells(decoded.intensity)
+    if len(found.cells) < SEVERAL or found.fit < CLEAR_FIT:
+        return cell
+    remark = f"the image shows {len(found.cells)} cells: cut one out, or give it as a field"
+    return Cell(cell.pixels, (remark, *cell.warnings), is_field=True)
 
 
 def require(given: Any) -> Any:

@@ -87,7 +87,11 @@
       const box = section.closest("[id$=-result]");
       if (box.shown === section.dataset.stamp) continue;
       box.classList.remove("busy");
-      if (section.dataset.said) said.textContent = section.dataset.said;
+      said.textContent = section.dataset.said ?? said.textContent;
+      // An upload may open another tab than the one that was clicked last.
+      const tab = find("button[id^=tab-][aria-selected=true]")?.id.slice(4, -7);
+      const known = new URLSearchParams(location.search).get("tab") || "one";
+      if (box.shown && tab && tab !== known) address({ tab, example: null });
       if (find(".maps", section)) find(".maps", section).open = mapsOpen;
       if (innerWidth < 900 && box.shown) box.scrollIntoView({ behavior: "smooth" });
       box.shown = section.dataset.stamp;
