@@ -259,7 +259,7 @@ def test_a_field_given_as_a_cell_gets_no_verdict_but_the_way_to_one(visit, name,
     page = visit()
     field, _ = reduce_field(np.asarray(Image.open(ROOT / f"examples/fields/{name}.png")), [], factor)
     give(page, ("field.png", encoded(field, "PNG")))
-    playwright.expect(page.locator("#one-result .name")).to_have_text("No verdict")
+    playwright.expect(page.locator("#one-result .name")).to_have_text("No verdict", timeout=30_000)
     page.get_by_role("button", name="Read as a field").click()
     playwright.expect(page.locator("#field-result .name")).to_have_text(name, timeout=30_000)
     playwright.expect(page).to_have_url(re.compile(r"\?tab=field$"))
@@ -268,7 +268,7 @@ def test_a_field_given_as_a_cell_gets_no_verdict_but_the_way_to_one(visit, name,
 def test_an_enlarged_cell_gets_a_verdict(visit):
     page = visit()
     give(page, ("enlarged.png", encoded(np.asarray(Image.open(GOLGI).resize((400, 400))), "PNG")))
-    playwright.expect(page.locator("#one-result .name")).to_have_text("Golgi")
+    playwright.expect(page.locator("#one-result .name")).to_have_text("Golgi", timeout=30_000)
     assert not page.get_by_role("button", name="Read as a field").count()
 
 
