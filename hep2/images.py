@@ -260,7 +260,7 @@ def make_cell(decoded: Decoded) -> Cell:
             raise
         raise ImageError(f"{error} ({'; '.join(decoded.warnings)})") from error
     is_field = min(decoded.intensity.shape) >= LARGEST_CELL
-    return Cell(pixels, decoded.warnings + tuple(_doubts(decoded.intensity, pixels)), is_field)
+    return Cell(pixels, (*decoded.warnings, *_doubts(decoded.intensity, pixels, is_field)), is_field)
 
 
 def prepare(intensity: np.ndarray) -> np.ndarray:
@@ -312,7 +312,7 @@ def _detail_filters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.outer(window, window), frequency > 0.35, frequency > 0.03
 
 
-def _doubts(intensity: np.ndarray, pixels: np.ndarray) -> list[str]:
+def _doubts(intensity: np.ndarray, pixels: np.ndarray, is_field: bool) -> list[str]:
     rows, columns = intensity.shape
     size, doubts = f"({rows} x {columns} pixels)", []
     if min(rows, columns) < IMAGE_SIZE // 2:
@@ -321,7 +321,7 @@ def _doubts(intensity: np.ndarray, pixels: np.ndarray) -> list[str]:
         doubts.append("the image is out of focus or enlarged: fine texture is missing, and the verdict may be wrong")
     if max(rows, columns) > 2 * min(rows, columns):
         doubts.append(f"the image is far from square {size}: is it one cell?")
-    if min(rows, columns) >= LARGEST_CELL:
+    if is_field:
         doubts.append(f"the image is too large for one cell {size}: cut one out, or give it as a field")
     brightest = float((intensity == intensity.max()).mean())
     if brightest > MOST_CLIPPED:

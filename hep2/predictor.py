@@ -191,7 +191,7 @@ class Predictor:
         classify_cells
             Takes the place of the method of that name, for models that run elsewhere than images are decoded.
         """
-        if isinstance(sources, (str, Path, bytes, np.ndarray)):
+        if isinstance(sources, ImageSource):
             raise ValueError("classify takes several images: of one, give [image]")
         classify_cells = classify_cells or self.classify_cells
         sources = (_named(source, number) for number, source in enumerate(sources, start=1))

@@ -72,7 +72,7 @@ def test_a_classifier_without_a_fitted_rejection_rejects_nothing():
 def test_bundled_weights_reject_few_synthetic_cells(bundled, pattern):
     random = np.random.default_rng(5)
     predictions = list(bundled.classify((str(n), synthetic_cell(pattern, random)) for n in range(25)))
-    # Measured: none, but two of Nucleolar, whose faint nuclei are drawn fainter than the contest's.
+    # Measured: none, but one of Nucleolar, whose faint nuclei are drawn fainter than the contest's.
     assert sum(prediction.rejected for prediction in predictions) <= 3
 
 

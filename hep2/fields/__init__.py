@@ -6,6 +6,7 @@ from hep2.fields.specimen import (
     CellPrediction,
     SpecimenPrediction,
     check_pixel_size,
+    decode_field,
     predict_specimen,
 )
 
@@ -19,6 +20,7 @@ __all__ = [
     "SpecimenPrediction",
     "check_pixel_size",
     "colour_of",
+    "decode_field",
     "draw_overlay",
     "predict_specimen",
     "specimen_rows",

@@ -63,12 +63,13 @@ def decide(cells: list["CellPrediction"], fields: list[tuple[FoundField, Stain]]
     objection, remarks = _objection(interphase, fields, typical, CLASS_NAMES[first], float(values.max(1).mean())), []
     if objection is None:
         verdict, (first, objection, remarks) = UNCLEAR, _settle(mean, cells)
+    why = [f"{'unclear' if verdict == UNCLEAR else 'rejected'}: {objection}"] if objection else []
     signal = typical(stain.signal for _, stain in fields)
     if signal < NOTHING or (objection and signal < WEAK):
         faint = f"a typical cell's light is {signal:.0f} times the background's noise: expose longer, or it is negative"
-        return {"verdict": NEGATIVE, "warnings": [faint, *([f"rejected: {objection}"] if objection else [])]}
+        return {"verdict": NEGATIVE, "warnings": [faint, *why]}
     if objection:
-        return {"verdict": verdict, "warnings": [f"{'unclear' if verdict == UNCLEAR else 'rejected'}: {objection}"]}
+        return {"verdict": verdict, "warnings": why}
     if signal < WEAK:
         remarks.append(f"weak signal: a typical cell's light is only {signal:.0f} times the background's noise")
     if mean[first] < LOW_CONFIDENCE:

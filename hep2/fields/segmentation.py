@@ -18,8 +18,8 @@ from hep2.patterns import IMAGE_SIZE
 
 NUCLEUS_MICRONS = (6.0, 14.0)  # diameter of HEp-2 nuclei: measured against the scale bars of eight fields, and more
 NUCLEUS_IN_CROP = 63  # pixels, of a typical nucleus in the 78 that the models were trained on, as outlined here
-# Pixels of a nucleus, to which finer fields are reduced before they are read: as in the consensus' reference pictures.
-# Finer texture than a lens of low magnification shows is none that the training cells have.
+# Pixels of a nucleus, to which finer fields are reduced before they are read: finer texture than a lens of low
+# magnification shows is none that the training cells have.
 READ_AT = 44.0
 WORKING = 28.0  # pixels of a nucleus in the picture that is segmented: finer detail only costs time
 ESTIMATING = 16.0  # the same where only the size of the nuclei is looked for

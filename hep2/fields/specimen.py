@@ -139,10 +139,10 @@ def predict_specimen(
     FileNotFoundError
         If a path names no file.
     """
-    if isinstance(sources, (str, Path, bytes, np.ndarray)):
+    if isinstance(sources, ImageSource):
         raise ValueError("specimen takes the fields of one specimen: of one field, give [field]")
     check_pixel_size(pixel_size)
-    fields = [_decoded(source, number, channel, plane) for number, source in enumerate(sources)]
+    fields = [decode_field(source, number, channel, plane) for number, source in enumerate(sources)]
     names = [name for name, _ in fields]
     sizes = tuple(_pixel_size(decoded, pixel_size) for _, decoded in fields)
     known = {"files": names, "weights": predictor.origin, "pixel_sizes": sizes}
@@ -180,13 +180,14 @@ def predict_specimen(
     return SpecimenPrediction(cells=cells, nuclei=nuclei, signal=signal, **known, **decision)
 
 
-def _decoded(source: Field, number: int, channel: str | int | None, plane: int | None) -> tuple[str, Decoded]:
+def decode_field(source: Field, number: int, channel: str | int | None, plane: int | None) -> tuple[str, Decoded]:
+    """Name a field, if need be by its number from 0, and decode it; an error says which field it is of."""
     name, image = source if isinstance(source, tuple) else (None, source)
     if name is None:
         name = str(image) if isinstance(image, (str, Path)) else f"field {number + 1}"
     try:
         return name, image if isinstance(image, Decoded) else decode(image, channel=channel, plane=plane)
-    except (ImageError, FileNotFoundError) as error:
+    except (ImageError, OSError) as error:
         raise type(error)(f"{name}: {error}") from error
 
 

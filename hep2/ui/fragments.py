@@ -25,6 +25,7 @@ from hep2.predictor import Explanation, Failure, Prediction
 COLOURS = {pattern.name: pattern.colour for pattern in PATTERNS} | {"rejected": "#8B93A1", "mitotic": "#FF0000"}
 NO_VERDICT = "No verdict"
 AS_FIELD = '<p><button type="button" class="copy" data-click="field">Read as a field</button></p>'
+TOO_SMALL_FOR_FIELD = 2 * IMAGE_SIZE  # pixels: an image of no more on one side is taken for no field
 PREVIEW, FIELD_PREVIEW = 320, 1200  # largest side of a picture, in pixels
 STAMPS = count()
 MAX_ROWS = 300  # predictions, or cells of a specimen, that are shown one by one
@@ -120,7 +121,7 @@ def verdict_html(explanation: Explanation, decoded: Decoded, truth: str = "") ->
     rows, columns = decoded.intensity.shape
     if prediction.rejected:
         head = _name(NO_VERDICT) + "<p>The bars are what the models would say of a cell: they mean nothing here.</p>"
-        head += AS_FIELD if min(rows, columns) > 2 * IMAGE_SIZE else ""
+        head += AS_FIELD if min(rows, columns) > TOO_SMALL_FOR_FIELD else ""
     else:
         agree = "" if prediction.agreement == len(MODELS) else " doubt"
         head = (

@@ -17,14 +17,15 @@ import spaces
 import xlsxwriter
 from PIL import Image
 
-from hep2.fields import check_pixel_size, draw_overlay, specimen_rows
+from hep2.fields import check_pixel_size, decode_field, draw_overlay, specimen_rows
 from hep2.fields.segmentation import CLEAR_FIT, find_cells
 from hep2.images import Cell, Decoded, decode, make_cell
-from hep2.patterns import IMAGE_SIZE, MODEL_TITLES
+from hep2.patterns import MODEL_TITLES
 from hep2.predictor import Predictor
 from hep2.tables import COLUMNS, harmless, table_row
 from hep2.ui.api import NO_IMAGE
 from hep2.ui.fragments import (
+    TOO_SMALL_FOR_FIELD,
     counts_html,
     empty_html,
     message_html,
@@ -127,7 +128,7 @@ class Page:
             return
         try:
             fields = fields_of(named(paths), pixel_size, channel, plane)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             yield message_html("This specimen could not be read", str(error)), None
             return
         specimen = None
@@ -165,12 +166,7 @@ class Page:
             channel: which channel to read: a name that the file gives, red, green, blue, or a number from 1
             plane: which plane of a stack to read, from 1
         """
-        name, source = require(image)
-        try:
-            cell = cell_of(decode(source, **chosen(channel, plane)))
-        except (ValueError, OSError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        (prediction,) = self.classify_cells([(name, cell)])
+        (prediction,) = self.classify_cells([named_cell(image, channel, plane)])
         return prediction.as_dict()
 
     def classify_batch(self, images: list, channel: str | None = None, plane: int | None = None) -> list[dict]:
@@ -198,11 +194,7 @@ class Page:
             channel: as classify takes it
             plane: as classify takes it
         """
-        name, source = require(image)
-        try:
-            explanation = self.explain_cell((name, cell_of(decode(source, **chosen(channel, plane)))))
-        except (ValueError, OSError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        explanation = self.explain_cell(named_cell(image, channel, plane))
         with TemporaryDirectory() as folder:
             maps = []
             for model, values in explanation.maps.items():
@@ -253,13 +245,22 @@ def chosen(channel: str | None, plane: float | None) -> dict:
 def cell_of(decoded: Decoded) -> Cell:
     """Prepare an image as a cell, but for one that shows several: a field without a verdict. That takes a second."""
     cell = make_cell(decoded)
-    if cell.is_field or min(decoded.intensity.shape) <= 2 * IMAGE_SIZE:
+    if cell.is_field or min(decoded.intensity.shape) <= TOO_SMALL_FOR_FIELD:
         return cell
     found = find_cells(decoded.intensity)
     if len(found.cells) < SEVERAL or found.fit < CLEAR_FIT:
         return cell
     remark = f"the image shows {len(found.cells)} cells: cut one out, or give it as a field"
     return Cell(cell.pixels, (remark, *cell.warnings), is_field=True)
+
+
+def named_cell(image: tuple, channel: str | None, plane: int | None) -> tuple[str, Cell]:
+    """Decode and prepare the image of a caller, or raise an error for the caller if it cannot be read."""
+    name, source = require(image)
+    try:
+        return name, cell_of(decode(source, **chosen(channel, plane)))
+    except (ValueError, OSError) as error:
+        raise gr.Error(str(error), print_exception=False) from error
 
 
 def require(given: Any) -> Any:
@@ -291,14 +292,12 @@ def named(paths: Iterable[str]) -> list[tuple[str, Path]]:
 def fields_of(
     images: Iterable, pixel_size: float | None, channel: str | None, plane: float | None
 ) -> list[tuple[str, Decoded]]:
-    """Decode the fields of one specimen, or raise ValueError with the name of the one that cannot be read."""
+    """Decode the fields of one specimen, or raise an error with the name of the one that cannot be read."""
     check_pixel_size(pixel_size or None)
     fields, pixels = [], 0
-    for name, source in images:
-        try:
-            fields.append((name, decode(source, **chosen(channel, plane))))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{name}: {error}") from error
+    for number, image in enumerate(images):
+        fields.append(decode_field(image, number, **chosen(channel, plane)))
+        name = fields[-1][0]
         pixels += fields[-1][1].intensity.size
         if pixels > MAX_PIXELS:
             most = MAX_PIXELS // 1_000_000
